@@ -1,0 +1,12 @@
+"""The method of UnGuide (arXiv 2508.05755) in plain torch.
+
+Knows no host program: nothing in here imports ComfyUI, diffusers or peft. Import the module you need, for instance
+``from unguide_core.guidance import blend``; importing the package itself loads nothing.
+
+    guidance.py     blend base and adapted predictions; classifier-free guidance
+    probe.py        is the erased concept in this prompt? statistics and the decision
+    adapter.py      low-rank layers, an adapter, its card
+    formats.py      the files that adapters come in
+    objective.py    what an erasure adapter is trained towards
+    trajectory.py   noise schedules and the partial denoising loop
+"""
