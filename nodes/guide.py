@@ -1,0 +1,64 @@
+"""UnGuide: a model for any sampler node."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..unguide_comfy.erasure import ErasureLora
+from ..unguide_comfy.gating import MODES, PROBE, Gate, guided
+from ..unguide_comfy.probing import ProbeSettings
+from ..unguide_core.probe import Decision
+from .wires import DecisionWire, erasure_lora_input, neutral_input, probe_inputs, schema, weight_inputs
+
+
+class UnGuideModel(io.ComfyNode):
+    """Puts erasure LoRAs on a model, each behind a gate."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="UnGuideModel",
+            display_name="UnGuide",
+            description="Makes any sampler node erase the concept where a prompt carries it, and leave every other picture "
+            "as the base model draws it, bit for bit. Connect the model to KSampler, SamplerCustom, ...",
+            search_aliases=["unguide", "concept erasure", "guidance", "unlearning"],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The base model, without the erasure LoRA. Other LoRAs and patches may be on it."
+                ),
+                erasure_lora_input(),
+                io.Combo.Input(
+                    "gate_mode",
+                    options=list(MODES),
+                    default=PROBE,
+                    tooltip="probe: decides per prompt, before the first step. fixed: always uses weight_detected.",
+                ),
+                *weight_inputs(),
+                neutral_input(),
+                DecisionWire.Input(
+                    "decision",
+                    optional=True,
+                    tooltip="A decision from Stability Probe for this model and erasure LoRA; then nothing is probed here.",
+                ),
+                *probe_inputs(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model, for any sampler node.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        erasure_lora: tuple[ErasureLora, ...],
+        gate_mode: str,
+        weight_detected: float,
+        weight_otherwise: float,
+        neutral: Any = None,
+        decision: tuple[Decision, ...] | None = None,
+        **probe: Any,
+    ) -> io.NodeOutput:
+        settings = ProbeSettings(weight_detected=weight_detected, weight_otherwise=weight_otherwise, **probe)
+        return io.NodeOutput(guided(model, erasure_lora, Gate(gate_mode, settings, neutral), decision))
+
+
+NODES = [UnGuideModel]

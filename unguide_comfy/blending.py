@@ -1,0 +1,225 @@
+"""Base and adapted predictions of one denoising step, blended row by row (`WrappersMP.APPLY_MODEL`).
+
+Classifier-free guidance is linear and the weights of a blend sum to 1, so blending every row before guidance equals
+blending the two guided results, under any sampler and any guider. Knows no gate: it reads the weights off the `Run` that
+the sampling wrapper put into the transformer options.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ..unguide_core.adapter import LowRank
+from ..unguide_core.guidance import blend_many
+from .injection import NotBatchable, adapted_rows
+
+RUN = "unguide_run"
+
+Weight = float | torch.Tensor
+
+
+@dataclass
+class Run:
+    """One sampling run: the layers of each adapter, the weights in force, the evaluations spent.
+
+    Args:
+        layers: for each adapter {module path: LowRank}, as matched with the model.
+        weights: for each adapter the base model's weight in the blend, one number or one per sample, [B].
+        evaluated: rows that the network has computed, by kind ("base", "adapted").
+    """
+
+    layers: tuple[Mapping[str, LowRank], ...]
+    weights: list[Weight] = field(default_factory=list)
+    evaluated: dict[str, int] = field(default_factory=lambda: {"base": 0, "adapted": 0})
+    batchable: bool = True
+    _modules: dict[int, dict[str, torch.nn.Module]] = field(default_factory=dict, repr=False)
+    _cast: dict[tuple[int, torch.device, torch.dtype], Mapping[str, LowRank]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.weights = self.weights or [1.0] * len(self.layers)
+
+    def active(self) -> list[int]:
+        """The adapters that take part: those whose weight is not 1 in every sample."""
+        return [i for i, weight in enumerate(self.weights) if not _is(weight, 1.0)]
+
+    @contextmanager
+    def weighted(self, weights: Sequence[Weight]) -> Iterator[None]:
+        """Other weights within the block."""
+        before, self.weights = self.weights, list(weights)
+        try:
+            yield
+        finally:
+            self.weights = before
+
+    def base_only(self) -> AbstractContextManager[None]:
+        """Within the block the model is the base model, bit for bit."""
+        return self.weighted([1.0] * len(self.layers))
+
+    def adapted_only(self, index: int) -> AbstractContextManager[None]:
+        """Within the block the model is the one that adapter `index` makes of it."""
+        return self.weighted([0.0 if i == index else 1.0 for i in range(len(self.layers))])
+
+    def modules(self, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        """The model's modules by path; a model on a second device has its own."""
+        if id(model) not in self._modules:
+            paths = {path for layers in self.layers for path in layers}
+            self._modules[id(model)] = {path: model.get_submodule(path) for path in paths}
+        return self._modules[id(model)]
+
+    def cast(self, index: int, like: torch.Tensor, dtype: torch.dtype) -> Mapping[str, LowRank]:
+        """Adapter `index` on the device of `like`, in the dtype that the network computes in."""
+        key = (index, like.device, dtype)
+        if key not in self._cast:
+            self._cast[key] = {path: layer.to(like.device, dtype) for path, layer in self.layers[index].items()}
+        return self._cast[key]
+
+
+def blended_prediction(
+    executor: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    t: torch.Tensor,
+    c_concat: torch.Tensor | None = None,
+    c_crossattn: torch.Tensor | None = None,
+    control: Mapping[str, Any] | None = None,
+    transformer_options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """x0 of each row of the batch, `base + sum_i (1 - weight_i) (adapted_i - base)`, [rows, C, ...].
+
+    The host's signature of an `APPLY_MODEL` wrapper. With every weight 1 the base model's own output is returned.
+    """
+    call = Call(executor, (x, t), (c_concat, c_crossattn), control, dict(transformer_options or {}), kwargs)
+    run: Run | None = call.options.get(RUN)
+    if run is None:
+        raise RuntimeError(
+            "the model carries UnGuide, and was called outside a sampling run, so no gate has decided; "
+            "sample it with a node that uses ComfyUI's guiders (KSampler, SamplerCustom, SamplerCustomAdvanced, ...)"
+        )
+    active = run.active()
+    if not active:
+        run.evaluated["base"] += x.shape[0]
+        return call.plain()
+    if len(active) == 1 and _is(run.weights[active[0]], 0.0):
+        run.evaluated["adapted"] += x.shape[0]
+        return call.adapted(run, active[0])
+    run.evaluated["base"] += x.shape[0]
+    run.evaluated["adapted"] += x.shape[0] * len(active)
+    base, *adapted = _predictions(call, run, active)
+    return blend_many(base, adapted, [_per_row(run.weights[i], x.shape[0]) for i in active])
+
+
+def _predictions(call: Call, run: Run, active: Sequence[int]) -> Sequence[torch.Tensor]:
+    """The base model's and each active adapter's x0, in one batched forward where memory and layers allow."""
+    if run.batchable and call.fits(1 + len(active)):
+        try:
+            return call.batched(run, active)
+        except NotBatchable:
+            run.batchable = False
+    return [call.plain(), *(call.adapted(run, i) for i in active)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the network, as the host makes it, to be repeated with other rows or other layers."""
+
+    executor: Callable[..., torch.Tensor]
+    latent: tuple[torch.Tensor, torch.Tensor]
+    conditioning: tuple[torch.Tensor | None, torch.Tensor | None]
+    control: Mapping[str, Any] | None
+    options: dict[str, Any]
+    extra: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        return self.latent[0].shape[0]
+
+    @property
+    def model(self) -> Any:
+        return self.executor.class_obj  # type: ignore[attr-defined]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_dtype_inference()
+
+    def plain(self) -> torch.Tensor:
+        """The network as it is. The control lists are copied, for the network pops from them."""
+        return self.executor(*self.latent, *self.conditioning, _copied(self.control), self.options, **self.extra)
+
+    def adapted(self, run: Run, index: int) -> torch.Tensor:
+        """The network with adapter `index`, all rows."""
+        options = {**self.options, "uuids": _derived(self.options.get("uuids"), index)}
+        layers = run.cast(index, self.latent[0], self.dtype)
+        with adapted_rows(run.modules(self.model), [(slice(None), layers)], self.rows):
+            return self.executor(*self.latent, *self.conditioning, _copied(self.control), options, **self.extra)
+
+    def batched(self, run: Run, active: Sequence[int]) -> Sequence[torch.Tensor]:
+        """One forward of the rows repeated: as they are, then once for each active adapter."""
+        copies = 1 + len(active)
+
+        def again(value: Any) -> Any:
+            return _repeated(value, self.rows, copies)
+
+        uuids = self.options.get("uuids")
+        options = dict(self.options)
+        if uuids is not None:
+            options["uuids"] = [*uuids, *(derived for i in active for derived in _derived(uuids, i) or ())]
+        if "cond_or_uncond" in options:
+            options["cond_or_uncond"] = list(options["cond_or_uncond"]) * copies
+        groups = [
+            (slice(n * self.rows, (n + 1) * self.rows), run.cast(i, self.latent[0], self.dtype))
+            for n, i in enumerate(active, start=1)
+        ]
+        with adapted_rows(run.modules(self.model), groups, self.rows * copies):
+            out = self.executor(
+                *again(self.latent), *again(self.conditioning), again(self.control), options, **again(self.extra)
+            )
+        return out.chunk(copies)
+
+    def fits(self, copies: int) -> bool:
+        """Whether a forward of `copies` times the rows fits, by the host's own estimate and margin."""
+        shape = [self.rows * copies, *self.latent[0].shape[1:]]
+        free = comfy.model_management.get_free_memory(self.latent[0].device)
+        return self.model.memory_required(shape) * 1.5 < free
+
+
+def _is(weight: Weight, value: float) -> bool:
+    return bool((weight == value).all()) if isinstance(weight, torch.Tensor) else weight == value
+
+
+def _per_row(weight: Weight, rows: int) -> Weight:
+    """One weight per sample, [B], repeated for the rows of every conditioning: the host stacks whole batches."""
+    return weight.repeat(rows // weight.shape[0]) if isinstance(weight, torch.Tensor) else weight
+
+
+def _derived(uuids: Sequence[uuid.UUID] | None, index: int) -> list[uuid.UUID] | None:
+    """Other uuids for an adapter's rows, so that caches that other packs key by uuid do not mix."""
+    return None if uuids is None else [uuid.uuid5(u, f"unguide {index}") for u in uuids]
+
+
+def _copied(value: Any) -> Any:
+    """Containers copied all the way down, tensors shared."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _repeated(value: Any, rows: int, copies: int) -> Any:
+    """Every tensor of `rows` rows in a structure repeated, other values as they are; containers are copied."""
+    if isinstance(value, torch.Tensor):
+        if value.ndim == 0 or (value.shape[0] == 1 and rows != 1):
+            return value
+        if value.shape[0] != rows:
+            raise NotBatchable(f"a conditioning has {value.shape[0]} rows, and the batch has {rows}")
+        return torch.cat([value] * copies)
+    if isinstance(value, dict):
+        return {key: _repeated(item, rows, copies) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_repeated(item, rows, copies) for item in value)
+    return value

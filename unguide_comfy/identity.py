@@ -1,0 +1,48 @@
+"""A short key of a loaded model, so that a decision or baseline of one model is not used with another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_SAMPLED_WEIGHTS = 16
+_SAMPLED_VALUES = 64
+
+
+def model_key(model: Any) -> str:
+    """Key of a `ModelPatcher`: its class, all names and shapes, samples of the weights and of the patches on them.
+
+    Weights that the host patched in place are read from its backup, so a loaded and an unloaded model agree.
+    """
+    digest = hashlib.sha256(type(model.model).__name__.encode())
+    weights = model.get_key_patches("diffusion_model.")
+    names = sorted(weights)
+    for name in names:
+        digest.update(f"{name}{tuple(weights[name][0][0].shape)}".encode())
+    for name in names[:: max(1, len(names) // _SAMPLED_WEIGHTS)]:
+        digest.update(_sample(weights[name][0][0]))
+    for name in sorted(model.patches):
+        for patch in model.patches[name]:
+            digest.update(f"{name}{patch[0]}{patch[2]}".encode())
+            for tensor in _tensors(patch[1]):
+                digest.update(_sample(tensor))
+    return digest.hexdigest()[:16]
+
+
+def _sample(weight: torch.Tensor) -> bytes:
+    values = weight.detach().flatten()[:_SAMPLED_VALUES].to(device="cpu", dtype=torch.float32)
+    return str(values.tolist()).encode()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors inside a patch: the host keeps them in tuples or in an object's `weights`."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "weights"):
+        yield from _tensors(value.weights)
