@@ -35,8 +35,14 @@ def locked(folder: Path, progress: Progress) -> Iterator[None]:
     """Holds the folder's lock, so that two set-ups never write into it at once; freed by the system if we die."""
     if fcntl is None:
         raise DevError("dev needs Linux or macOS (on Windows, run it in WSL)", 2)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise DevError(
+            f"the cache folder {folder} cannot be written ({error.strerror}): set UNGUIDE_DEV_HOME to another folder"
+        ) from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -78,11 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         print("dev: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(
-            f"dev: {error.filename or 'the cache folder'} cannot be written, '{error.strerror}': "
-            "mend that, or set UNGUIDE_DEV_HOME to another folder",
-            file=sys.stderr,
-        )
+        print("dev: the disk is full: free some, or set UNGUIDE_DEV_HOME to a folder on another disk", file=sys.stderr)
         return 1

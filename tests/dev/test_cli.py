@@ -1,0 +1,61 @@
+"""The command line as a person meets it: what is wrong is said in one sentence, without a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Dev = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def assert_one_sentence(result: subprocess.CompletedProcess[str], status: int, words: str) -> None:
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == status, result.stderr
+    assert lines[-1].startswith("dev: ")
+    assert words in lines[-1]
+    assert all(line.startswith("[") for line in lines[:-1])  # progress, and nothing else
+
+
+def test_help_lists_every_command(dev: Dev) -> None:
+    result = dev("--help")
+    assert result.returncode == 0
+    for command in ("test", "serve", "setup", "lint"):
+        assert f"\n  {command} " in result.stdout
+
+
+def test_an_unknown_command_is_answered_with_the_known_ones(dev: Dev) -> None:
+    assert_one_sentence(dev("tset"), 2, "there is no command 'tset': choose from")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_no_network_is_one_sentence(dev: Dev, home: Path) -> None:
+    assert_one_sentence(dev("setup"), 1, "found no package index: check the network")
+    assert_one_sentence(dev("test"), 1, "found no package index: check the network")
+
+
+@pytest.mark.usefixtures("home")
+def test_an_unknown_comfyui_is_one_sentence(dev: Dev) -> None:
+    assert_one_sentence(dev("serve", "--comfyui", "9.9"), 2, "choose from 0.30.0")
+
+
+@pytest.mark.usefixtures("home")
+def test_a_wrong_comfyui_path_is_one_sentence(dev: Dev, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMFYUI_PATH", "/nowhere/at/all")
+    assert_one_sentence(dev("setup"), 2, "no ComfyUI (main.py, comfy/) stands there")
+
+
+@pytest.mark.usefixtures("home")
+def test_a_wrong_device_is_one_sentence(dev: Dev, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNGUIDE_DEVICE", "tpu")
+    assert_one_sentence(dev("setup"), 2, "set it to one of auto, cpu, gpu")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_sentence(
+    dev: Dev, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("UNGUIDE_DEV_HOME", str(tmp_path / "file" / "home"))
+    assert_one_sentence(dev("setup"), 1, "set UNGUIDE_DEV_HOME to another folder")
