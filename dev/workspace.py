@@ -21,9 +21,8 @@ def base_directory(home: Path, pack: Path = PACK) -> Path:
     return home / "workspaces" / f"{pack.name}-{cache.digest(str(pack))[:8]}"
 
 
-def prepare(home: Path, progress: Progress, pack: Path = PACK) -> Path:
+def prepare(base: Path, progress: Progress, pack: Path = PACK) -> None:
     """Makes the workspace, or what is missing of it."""
-    base = base_directory(home, pack)
     for name in ("custom_nodes", "input", "output", "user", "models/checkpoints", "models/loras"):
         (base / name).mkdir(parents=True, exist_ok=True)
     link = base / "custom_nodes" / LINK
@@ -31,4 +30,3 @@ def prepare(home: Path, progress: Progress, pack: Path = PACK) -> Path:
         progress(f"linking the pack into {link.parent}")
         link.unlink(missing_ok=True)
         link.symlink_to(pack, target_is_directory=True)
-    return base
