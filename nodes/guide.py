@@ -19,8 +19,8 @@ class UnGuideModel(io.ComfyNode):
         return schema(
             node_id="UnGuideModel",
             display_name="UnGuide",
-            description="Makes any sampler node erase the concept where a prompt carries it, and leave every other picture "
-            "as the base model draws it, bit for bit. Connect the model to KSampler, SamplerCustom, ...",
+            description="Makes any sampler node erase the concept where a prompt carries it, and leave every other "
+            "picture as the base model draws it, bit for bit. Connect the model to KSampler, SamplerCustom, ...",
             search_aliases=["unguide", "concept erasure", "guidance", "unlearning"],
             inputs=[
                 io.Model.Input(
@@ -38,7 +38,7 @@ class UnGuideModel(io.ComfyNode):
                 DecisionWire.Input(
                     "decision",
                     optional=True,
-                    tooltip="A decision from Stability Probe for this model and erasure LoRA; then nothing is probed here.",
+                    tooltip="A decision from Stability Probe for this model and erasure LoRA, used instead of a probe.",
                 ),
                 *probe_inputs(),
             ],

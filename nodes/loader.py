@@ -17,9 +17,9 @@ class LoadErasureLora(io.ComfyNode):
         return schema(
             node_id="UnGuideLoadErasureLora",
             display_name="Load Erasure LoRA",
-            description="Loads a LoRA that was trained to erase one concept. Nothing is applied here: UnGuide decides per "
-            "prompt whether it is used. Connect the checkpoint's CLIP, so that the gate can compare prompts with the "
-            "concept.",
+            description="Loads a LoRA that was trained to erase one concept. Nothing is applied here: UnGuide decides "
+            "per prompt whether it is used. Connect the checkpoint's CLIP, so that the gate can compare prompts with "
+            "the concept.",
             search_aliases=["unlearning", "concept erasure", "erase lora", "ESD", "LECO", "SPM"],
             inputs=[
                 io.Combo.Input(

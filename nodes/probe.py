@@ -21,8 +21,9 @@ class StabilityProbe(io.ComfyNode):
         return schema(
             node_id="UnGuideProbe",
             display_name="Stability Probe",
-            description="Denoises a few steps of the prompt with the base model and decides whether it carries the erased "
-            "concept. Gives the decision to UnGuide, and as plain numbers to anything else; all statistics are shown.",
+            description="Denoises a few steps of the prompt with the base model and decides whether it carries the "
+            "erased concept. Gives the decision to UnGuide, and as plain numbers to anything else; shows all "
+            "statistics.",
             search_aliases=["concept detector", "unguide decision", "safety check"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the erasure LoRA."),

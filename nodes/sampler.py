@@ -22,8 +22,8 @@ class UnGuideSampler(io.ComfyNode):
         return schema(
             node_id="UnGuideSampler",
             display_name="UnGuide Sampler",
-            description="KSampler that erases a concept where the prompt carries it and draws every other picture exactly "
-            "as KSampler does. Says what it found, and what it cost.",
+            description="KSampler that erases a concept where the prompt carries it and draws every other picture "
+            "exactly as KSampler does. Says what it found, and what it cost.",
             search_aliases=["unguide sampler", "ksampler erase", "concept erasure"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the erasure LoRA."),

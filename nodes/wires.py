@@ -76,8 +76,8 @@ def probe_inputs() -> list[Any]:
             "statistic",
             options=[AUTO, *STATISTICS],
             default=DEFAULTS.statistic,
-            tooltip="What decides. alignment: does the prompt pull the picture where the concept's own prompt pulls it. "
-            "influence: the LoRA's effect on the prompt relative to its effect on the concept. paper: its effect "
+            tooltip="What decides. alignment: does the prompt pull the picture where the concept's own prompt pulls "
+            "it. influence: the LoRA's effect on the prompt relative to its effect on the concept. paper: its effect "
             "against that on the neutral prompt. auto: the first of these that the inputs allow.",
         ),
         advanced(

@@ -27,7 +27,8 @@ def load_pack() -> ModuleType:
     if PACK not in sys.modules:
         location = ROOT / "__init__.py"
         spec = importlib.util.spec_from_file_location(PACK, location, submodule_search_locations=[str(ROOT)])
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[PACK] = module
         spec.loader.exec_module(module)

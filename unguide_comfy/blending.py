@@ -1,8 +1,8 @@
 """Base and adapted predictions of one denoising step, blended row by row (`WrappersMP.APPLY_MODEL`).
 
 Classifier-free guidance is linear and the weights of a blend sum to 1, so blending every row before guidance equals
-blending the two guided results, under any sampler and any guider. Knows no gate: it reads the weights off the `Run` that
-the sampling wrapper put into the transformer options.
+blending the two guided results, under any sampler and any guider. Knows no gate: it reads the weights off the `Run`
+that the sampling wrapper put into the transformer options.
 """
 
 from __future__ import annotations

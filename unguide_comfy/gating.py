@@ -1,7 +1,7 @@
 """A model that carries erasure LoRAs, each behind a gate: the wrappers that make any sampler node an UnGuide sampler.
 
-`guided` attaches them to a clone of the model. When sampling starts, every gate decides its weight; the blending wrapper
-then uses the weights in every step. The state of a run lives in an object of that run only.
+`guided` attaches them to a clone of the model. When sampling starts, every gate decides its weight; the blending
+wrapper then uses the weights in every step. The state of a run lives in an object of that run only.
 """
 
 from __future__ import annotations

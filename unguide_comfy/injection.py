@@ -1,7 +1,7 @@
 """Low-rank layers added to a model's leaf modules for one forward, without touching a weight.
 
-Inside `adapted_rows` the named modules' `forward` adds the low-rank delta to some rows of the batch; on leaving, also by
-an exception, every module is exactly as it was. Knows nothing of sampling, gates or files.
+Inside `adapted_rows` the named modules' `forward` adds the low-rank delta to some rows of the batch; on leaving, also
+by an exception, every module is exactly as it was. Knows nothing of sampling, gates or files.
 """
 
 from __future__ import annotations

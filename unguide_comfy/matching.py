@@ -49,8 +49,8 @@ def _shaped(low_rank: LowRank, module: torch.nn.Module, path: str, name: str) ->
         return low_rank.reshaped(module.get_parameter("weight").shape)
     except ValueError as error:
         raise AdapterError(
-            f"erasure LoRA {name!r}, layer {path!r}: {error}: it was made for another architecture; load an erasure LoRA "
-            "made for this model"
+            f"erasure LoRA {name!r}, layer {path!r}: {error}: it was made for another architecture; load an "
+            "erasure LoRA made for this model"
         ) from error
 
 

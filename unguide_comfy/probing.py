@@ -193,7 +193,8 @@ class Probe:
 
     def _alignment(self, index: int, lora: ErasureLora) -> Statistic:
         neutral = self._neutral(lora)
-        assert lora.concept is not None and neutral is not None
+        assert lora.concept is not None
+        assert neutral is not None
         scores = [
             alignment(
                 self.predict([_everywhere(entry)], self.latent),
@@ -237,7 +238,7 @@ class Probe:
         return influence(base, adapted) / self.sigma
 
     def _reference(self, entry: Entry, conditioning: Conditioning) -> torch.Tensor:
-        """The base model's prediction for another prompt in place of an entry's; shared by entries that differ in text only."""
+        """The base model's prediction for another prompt in place of an entry's, once for entries alike but in text."""
         retargeted = self._retargeted(entry, conditioning)
         kept = tuple(id(value) for name, value in sorted(entry.items()) if name not in _REGION | _TEXT)
         key = (id(conditioning), *kept)

@@ -15,8 +15,8 @@ from tests.conftest import ROOT, pack_module, start_host
 
 start_host()
 
-import comfy.samplers
-import comfy.sd
+import comfy.samplers  # noqa: E402  (the host's options come first)
+import comfy.sd  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 
@@ -36,7 +36,8 @@ def manifest() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def recipe() -> ModuleType:
     spec = importlib.util.spec_from_file_location("golden_recipe", GOLDEN / "recipe.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
