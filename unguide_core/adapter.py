@@ -128,7 +128,7 @@ def initial_low_rank(
         generator: where the random numbers come from; None uses torch's global one.
     Returns: float32 leaf tensors that require gradients.
     """
-    drawn = torch.randn(in_features, rank, generator=generator) / math.sqrt(rank)
+    drawn = torch.randn(in_features, rank, generator=generator) * (1.0 / math.sqrt(rank))
     down = drawn.T.contiguous().requires_grad_()
     return LowRank(down, torch.zeros(out_features, rank, requires_grad=True), scale)
 

@@ -11,6 +11,7 @@ an adapter's layers fit one is found out by whoever applies it.
 import math
 import os
 import pickle
+import re
 import secrets
 import struct
 import zipfile
@@ -31,24 +32,22 @@ OFFICIAL_SCALE = 8.0
 _DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 _A, _B = ".lora.A", ".lora.B"
 _DIFFUSION_STEMS = {"kohya": "lora_unet_", "generic": "diffusion_model."}
-_TEXT_ENCODER_STEMS = ("lora_te", "text_encoder", "te1.", "te2.", "te_", "cond_stage_model.", "conditioner.")
+_TEXT_ENCODER_STEMS = ("lora_te", "text_encoder")
 _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 
 _REFUSED = (
-    ("dora_scale", "DoRA", "it rescales the whole weight, which no low-rank change added to the base can do"),
-    (".hada_", "LoHa", "it is a product of two low-rank matrices, not one"),
-    (".lokr_", "LoKr", "it is a Kronecker product, not a low-rank matrix"),
-    (".oft_", "OFT", "it rotates the weight instead of adding to it"),
-    (".boft_", "BOFT", "it rotates the weight instead of adding to it"),
-    (".oft_blocks", "OFT", "it rotates the weight instead of adding to it"),
-    (".a1.weight", "GLoRA", "it multiplies the weight as well as adding to it"),
-    (".lora_mid.weight", "LoCon with a CP decomposition", "it has a third factor, which is not read"),
-    (".w_norm", "normalisation differences", "they are no low-rank matrix"),
-    (".diff", "full weight differences", "they are no low-rank matrix"),
-    (".set_weight", "full replacement weights", "they are no low-rank matrix"),
-    (".lora_A", "PEFT or diffusers naming", "it is not read"),
-    ("_lora.down.weight", "diffusers naming", "it is not read"),
-    (".lora.down.weight", "diffusers naming", "it is not read"),
+    (r"dora_scale", "DoRA", "it rescales the whole weight, which no low-rank change added to the base can do"),
+    (r"\.hada_", "LoHa", "it is a product of two low-rank matrices, element by element"),
+    (r"\.lokr_", "LoKr", "it is a Kronecker product, not a low-rank matrix"),
+    (r"\.b?oft_", "OFT", "it rotates the weight instead of adding to it"),
+    (r"\.[ab][12]\.weight$", "GLoRA", "it multiplies the weight as well as adding to it"),
+    (r"\.lora_mid\.weight$", "LoCon with a third factor (CP decomposition)", "it is no product of two matrices"),
+    (r"\.(diff|diff_b|w_norm|b_norm)$", "full weight differences", "they are no low-rank matrix"),
+    (r"\.set_weight$", "full replacement weights", "they are no low-rank matrix"),
+    (r"\.lora_[AB]\b|[._]lora\.(down|up)\.weight$", "PEFT or diffusers naming", "it is not read"),
+)
+_REMEDY = (
+    "use a LoRA in official UnGuide, kohya (lora_unet_...) or ComfyUI (diffusion_model...) format, or convert it to one"
 )
 
 
@@ -196,7 +195,8 @@ def _read_torch_zip(path: Path, size: int) -> dict[str, Tensor]:
             "it is a zip without a torch pickle; expected a file saved by torch: unpack it and use what is in it"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # by its path, torch.load would go by the name's ending
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             "it holds more than tensors, perhaps code, and is refused; expected an official lora.pth, a plain dict of "
@@ -204,9 +204,14 @@ def _read_torch_zip(path: Path, size: int) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # torch raises nearly anything on damaged content
         raise ValueError(f"its torch content is damaged ({error}); download or save it again") from error
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    values = list(content.values()) if isinstance(content, dict) else [content]
+    strange = [
+        v for v in values if not (isinstance(v, Tensor) and v.layout == torch.strided and v.device.type == "cpu")
+    ]
+    if strange or not isinstance(content, dict):
         raise ValueError(
-            f"it holds {type(content).__name__}s beside tensors; expected an official lora.pth, a plain dict of tensors"
+            f"it holds a {type((strange or values)[0]).__name__} where a dict of plain tensors is expected; "
+            "use the lora.pth that the official trainer wrote"
         )
     return {str(key): value for key, value in content.items()}
 
@@ -220,7 +225,7 @@ def _layers(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[str, di
     if any(key.endswith((_A, _B)) for key in tensors):
         return "official", *_official_layers(tensors, alpha)
     for mark, name, reason in _REFUSED:
-        key = next((key for key in tensors if mark in key), None)
+        key = next((key for key in tensors if re.search(mark, key)), None)
         if key is not None:
             raise ValueError(f"it is in the format {name} ('{key}'), which is refused: {reason}; {_REMEDY}")
     if not any(key.endswith((_DOWN, _UP)) for key in tensors):
@@ -230,20 +235,15 @@ def _layers(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[str, di
     return _named_layers(tensors, alpha)
 
 
-_REMEDY = (
-    "use a LoRA in official UnGuide, kohya (lora_unet_...) or ComfyUI (diffusion_model...) format, or convert it to one"
-)
-
-
 def _official_layers(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[dict[str, LowRank], list[str]]:
     """W += alpha * (A @ B)^T, A [in, rank], B [rank, out]: down = A^T, up = B^T (official lora.py and utils.py)."""
     stems = _stems(tensors, (_A, _B))
     layers = {}
     for stem in stems:
         a, b = _pair(tensors, stem, _A, _B)
-        scale = OFFICIAL_SCALE if alpha is None else alpha / max(1, a.shape[-1])
+        scale = OFFICIAL_SCALE if alpha is None else alpha / a.shape[-1]
         name = _DIFFUSION_STEMS["generic"] + stem.removeprefix(_DIFFUSION_STEMS["generic"])
-        layers[name] = _low_rank(stem, a.T.contiguous(), b.T.contiguous(), scale)
+        layers[name] = _low_rank(stem, a.transpose(0, -1).contiguous(), b.transpose(0, -1).contiguous(), scale)
     rule = "alpha = 8 * rank, the official scripts' constant, for the file stores none" if alpha is None else None
     return layers, [_scale_note(rule, alpha)]
 
@@ -265,7 +265,7 @@ def _named_layers(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[s
     for stem in diffusion:
         down, up = _pair(tensors, stem, _DOWN, _UP)
         layer_alpha = alpha if alpha is not None else _stored_alpha(tensors, stem)
-        layers[stem] = _low_rank(stem, down, up, 1.0 if layer_alpha is None else layer_alpha / max(1, down.shape[0]))
+        layers[stem] = _low_rank(stem, down, up, 1.0 if layer_alpha is None else layer_alpha / down.shape[0])
     missing = sum(stem + _ALPHA not in tensors for stem in diffusion)
     rule = "the file's alpha" if not missing else f"the file's alpha; scale 1 for {missing} layers that have none"
     notes = [_scale_note(rule, alpha)]
@@ -293,12 +293,16 @@ def _stems(tensors: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
 
 
 def _pair(tensors: Mapping[str, Tensor], stem: str, first: str, second: str) -> tuple[Tensor, Tensor]:
+    """Both factors of a layer, copied: tensors of a safetensors file are views into it while it lies open."""
     for suffix, partner in ((first, second), (second, first)):
         if stem + suffix not in tensors:
             raise ValueError(
                 f"'{stem}{partner}' has no partner '{stem}{suffix}'; the file is incomplete, download it again"
             )
-    return tensors[stem + first], tensors[stem + second]
+        shape = list(tensors[stem + suffix].shape)
+        if len(shape) < 2 or 0 in shape:
+            raise ValueError(f"'{stem}{suffix}' has shape {shape}; expected a matrix: the file is damaged")
+    return tensors[stem + first].detach().clone(), tensors[stem + second].detach().clone()
 
 
 def _stored_alpha(tensors: Mapping[str, Tensor], stem: str) -> float | None:
