@@ -1,0 +1,105 @@
+"""The direction of dependencies: unguide_core <- unguide_comfy <- nodes, unguide_core <- unguide_train, no other."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "node_helpers", "server"}
+OURS = {"unguide_core", "unguide_comfy", "unguide_train", "nodes", "demo", "dev", "tests"}
+EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "ray", "transformers"}
+
+# what each package may not import, neither at import time nor inside a function
+FORBIDDEN = {
+    "unguide_core": OURS - {"unguide_core"} | HOST | EXTRAS,
+    "unguide_comfy": OURS - {"unguide_core", "unguide_comfy"} | EXTRAS,
+    "nodes": OURS - {"unguide_core", "unguide_comfy", "nodes"} | EXTRAS | {"numpy", "PIL", "safetensors"},
+    "unguide_train": OURS - {"unguide_core", "unguide_train"} | HOST,
+    "dev": OURS - {"dev", "demo"},
+}
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and first name of every absolute import; a relative one is named by the folder it leads into."""
+    package = path.relative_to(REPOSITORY).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.lineno, str(node.module).split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            inside = package[: len(package) - node.level + 1]
+            targets = [str(node.module)] if node.module else [alias.name for alias in node.names]
+            yield from ((node.lineno, inside[0] if inside else target.split(".")[0]) for target in targets)
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((REPOSITORY / package).rglob("*.py"))
+
+
+def violations(paths: list[Path], forbidden: set[str]) -> list[str]:
+    return [
+        f"{path.relative_to(REPOSITORY)}:{line} imports {name}"
+        for path in paths
+        for line, name in imports(path)
+        if name in forbidden
+    ]
+
+
+@pytest.mark.parametrize("package", sorted(FORBIDDEN))
+def test_a_package_imports_only_what_lies_below_it(package):
+    assert violations(modules(package), FORBIDDEN[package]) == []
+
+
+def test_the_core_imports_the_standard_library_torch_and_safetensors_only():
+    allowed = set(sys.stdlib_module_names) | {"torch", "safetensors", "unguide_core"}
+    foreign = [
+        (path.name, name) for path in modules("unguide_core") for _, name in imports(path) if name not in allowed
+    ]
+    assert foreign == []
+
+
+def test_the_core_imports_itself_relatively_for_the_host_loads_the_pack_under_a_name_of_its_own():
+    absolute = [
+        f"{path.name}:{node.lineno}"
+        for path in modules("unguide_core")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and str(node.module).startswith("unguide_core")
+    ]
+    assert absolute == []
+
+
+def test_the_demo_knows_the_host_only_where_it_trains():
+    paths = [path for path in modules("demo") if not path.stem.startswith("train")]
+    assert violations(paths, HOST | {"unguide_comfy", "unguide_train", "nodes"}) == []
+
+
+def test_the_packs_root_imports_nothing_of_the_host_at_import_time():
+    tree = ast.parse((REPOSITORY / "__init__.py").read_text(encoding="utf-8"))
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {str(node.module) if isinstance(node, ast.ImportFrom) else node.names[0].name for node in top}
+    assert not {name.split(".")[0] for name in names} & (HOST | OURS)
+
+
+def test_importing_the_whole_core_loads_no_host_and_no_heavy_package():
+    names = [
+        f"unguide_core.{path.stem}" for path in modules("unguide_core") if path.stem not in ("__init__", "__main__")
+    ]
+    code = (
+        f"import sys; sys.path.append({str(REPOSITORY)!r}); "
+        f"import {', '.join(names)}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    )
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert "torch" in loaded
+    assert not loaded & (HOST | EXTRAS | {"unguide_comfy", "nodes", "pandas", "scipy", "PIL"})
+
+
+def test_importing_the_package_alone_loads_not_even_torch():
+    code = f"import sys; sys.path.append({str(REPOSITORY)!r}); import unguide_core; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
