@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from dev.report import DevError
 SUPERVISE = Path(__file__).with_name("supervise.py")
 LOOPBACK = "127.0.0.1"
 KEPT_LOGS = 20
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def free_port() -> int:
@@ -40,6 +42,7 @@ def require_free(port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
+            probe.listen()  # binding alone succeeds beside a listener that lets its address be shared
         except (OSError, OverflowError) as error:
             reason = "is in use" if isinstance(error, OSError) else "does not exist"
             raise DevError(f"port {port} {reason}: give another with --port, or none for a free one", 2) from None
@@ -142,7 +145,8 @@ def _new_log(folder: Path) -> Path:
 
 
 def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    text = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
+    lines = [line.strip() for line in text.splitlines()]
     return next((line for line in reversed(lines) if line), "nothing")
 
 

@@ -31,6 +31,7 @@ def dying(tmp_path: Path) -> Host:
 
 def test_a_busy_port_is_one_sentence(dying: Host) -> None:
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((server.LOOPBACK, 0))
         taken.listen()
         port = taken.getsockname()[1]
