@@ -61,3 +61,32 @@ def golden_lora(tmp_path_factory: pytest.TempPathFactory):
 def conditioning(context: torch.Tensor) -> list[list[Any]]:
     """A CONDITIONING of text states [tokens, width]."""
     return [[context[None], {}]]
+
+
+@pytest.fixture(scope="session")
+def merged_model(golden_model, golden_lora):
+    """The golden network with the adapter merged into its weights by the host's own LoRA loader."""
+    patches = {
+        f"{name}.{part}": tensor
+        for name, layer in golden_lora.adapter.layers.items()
+        for part, tensor in {
+            "lora_down.weight": layer.down,
+            "lora_up.weight": layer.up,
+            "alpha": torch.tensor(layer.scale * layer.rank),
+        }.items()
+    }
+    model, _ = comfy.sd.load_lora_for_models(golden_model, None, patches, 1.0, 0.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def encode(manifest: dict[str, Any], recipe: ModuleType):
+    """The golden data's stand-in text encoder: a prompt's CONDITIONING."""
+    return lambda prompt, tokens=77: conditioning(recipe.text_context(manifest["salt"], prompt, tokens))
+
+
+def fixed(model: Any, lora: Any, weight: float) -> Any:
+    """A model that blends with a fixed weight."""
+    gating, probing = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.probing")
+    gate = gating.Gate(gating.FIXED, probing.ProbeSettings(weight_detected=weight))
+    return gating.guided(model, (lora,), gate)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import pack_module
-from tests.host.conftest import GOLDEN, conditioning
+from tests.host.conftest import GOLDEN, conditioning, fixed
 
 EPS_LIMIT, TRAJECTORY_LIMIT = 5e-5, 2e-4
 LATENT_SCALE = 0.18215
@@ -46,12 +46,6 @@ def compare(what: str, found: torch.Tensor, golden: torch.Tensor, limit: float) 
     difference = float((found - golden).abs().max())
     print(f"golden {what}: max abs diff {difference:.3g} (limit {limit:.3g})")
     assert difference <= limit
-
-
-def fixed(model: Any, lora: Any, weight: float) -> Any:
-    gating, probing = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.probing")
-    gate = gating.Gate(gating.FIXED, probing.ProbeSettings(weight_detected=weight))
-    return gating.guided(model, (lora,), gate)
 
 
 @pytest.fixture(scope="module")
