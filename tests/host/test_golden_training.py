@@ -71,7 +71,7 @@ def section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def trainable(parameters: dict[str, Tensor]) -> dict[str, Any]:
-    """The low-rank layers that official parameters `<module>.lora.A`, `.lora.B` hold, by module, ready to be trained."""
+    """The low-rank layers that official parameters `<module>.lora.A`, `.lora.B` hold, by module, ready for training."""
     low_rank = pack_module("unguide_core.adapter").LowRank
     modules = [key.removesuffix(".lora.A") for key in parameters if key.endswith(".lora.A")]
 
@@ -117,7 +117,7 @@ def loss_and_gradients(unet: UNetModel, eps: Eps, layers: dict[str, Any], z: Ten
 def compare_weights(
     agree, layers: dict[str, Any], official: dict[str, Tensor], gradients: dict[str, Tensor], steps: int
 ):
-    """Adam divides by the gradient's size: an element whose gradient is near 0 may go either way, at most 2 lr a step."""
+    """Adam divides by the gradient's size: an element whose gradient is near 0 may go either way, by 2 lr a step."""
     for key, value in official_names(layers, lambda tensor: tensor.detach()).items():
         steady = gradients[key].abs() > 1e-3 * gradients[key].abs().max()
         agree("Adam, weights", torch.where(steady, value, official[key]), official[key], "weights")
@@ -167,7 +167,7 @@ def test_a_fresh_adapters_first_gradient_reaches_only_up(unet, eps):
 
 
 def sample_z(unet: UNetModel, eps: Eps, layers: dict[str, Any], start_code: Tensor, till_t: int) -> Tensor:
-    """The official trainer's latent: from noise, by the model being trained, guided to the target prompt, up to till_t."""
+    """The official trainer's latent: from noise, by the model being trained, guided to the target, up to till_t."""
     core, guidance = pack_module("unguide_core.trajectory"), pack_module("unguide_core.guidance")
     run, alphas = core.official_run(STEPS, till_t), core.sd_alphas_cumprod()
     sigmas = run.sigmas(alphas)
