@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 
 from ..unguide_core.adapter import LowRank
 from ..unguide_core.probe import Decision
@@ -195,6 +197,7 @@ class GatedSampling:
             branch.gate.settings.weight_detected if decision is None else decision.weight
             for branch, decision in zip(self.branches, decisions, strict=True)
         ]
+        show(self._outcomes(run, decisions))
         probed = sum(run.evaluated.values())
         run.evaluated = dict.fromkeys(run.evaluated, 0)
         latent = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
@@ -228,14 +231,24 @@ class GatedSampling:
         return decisions
 
     def _report(self, run: Run, decisions: list[Decision | None], spent: dict[str, float], seconds: float) -> None:
-        outcomes = tuple(
+        if self.observer is not None:
+            self.observer(RunReport(self._outcomes(run, decisions), spent, seconds))
+
+    def _outcomes(self, run: Run, decisions: list[Decision | None]) -> tuple[Outcome, ...]:
+        return tuple(
             Outcome(branch.lora.name, branch.lora.concept_prompt, branch.gate.mode, weight, decision)
             for branch, decision, weight in zip(self.branches, decisions, run.weights, strict=True)
         )
-        for outcome in outcomes:
-            log.info("UnGuide: %s", summary(outcome))
-        if self.observer is not None:
-            self.observer(RunReport(outcomes, spent, seconds))
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """Says what was decided, in the log and on the node that is being executed."""
+    lines = [summary(outcome) for outcome in outcomes]
+    for line in lines:
+        log.info("UnGuide: %s", line)
+    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
+    if context is not None and server is not None:
+        server.send_progress_text("\n".join(lines), context.node_id)
 
 
 def summary(outcome: Outcome) -> str:

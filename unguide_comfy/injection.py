@@ -32,7 +32,8 @@ class AdaptedForward:
             raise NotBatchable(f"a layer got {x.shape[0]} rows, and the batch has {self.rows}")
         out = self.forward(x, *args, **kwargs)
         for part, low_rank in self.parts:
-            out[part] += low_rank.delta(x[part], **self._geometry()).to(out.dtype)
+            rows = x[part].to(low_rank.down.dtype)
+            out[part] += low_rank.delta(rows, **self._geometry()).to(out.dtype)
         return out
 
     def _geometry(self) -> dict[str, object]:

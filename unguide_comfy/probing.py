@@ -124,7 +124,8 @@ class Probe:
         self.latent_image, self.denoise_mask = latent_image, denoise_mask
         self.device = guider.model_patcher.load_device
         self.shape = (settings.repeats, *shape[1:])
-        self.positive: list[Entry] = guider.conds["positive"]
+        # guiders with a second prompt (DualCFGGuider) keep it under another key
+        self.positive: list[Entry] = [entry for key in guider.conds if key != "negative" for entry in guider.conds[key]]
         self._references: dict[tuple[int, ...], torch.Tensor] = {}
 
     @cached_property

@@ -90,3 +90,32 @@ def fixed(model: Any, lora: Any, weight: float) -> Any:
     gating, probing = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.probing")
     gate = gating.Gate(gating.FIXED, probing.ProbeSettings(weight_detected=weight))
     return gating.guided(model, (lora,), gate)
+
+
+CHECKPOINT = "unguide-demo.safetensors"
+LORA = "unguide-demo/selective/cat.safetensors"
+
+
+@pytest.fixture(scope="session")
+def demo() -> Demo:
+    """The embedded demo model, loaded by the host's own node."""
+    import nodes
+
+    return Demo(*nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT))
+
+
+@pytest.fixture(scope="session")
+def demo_lora(demo: Demo):
+    """The demo's erasure LoRA for "cat", its prompts encoded."""
+    with torch.inference_mode():
+        return pack_module("unguide_comfy.erasure").load_erasure_lora(LORA, 1.0, demo.clip)
+
+
+class Demo:
+    """A loaded checkpoint: `model`, `clip`, `vae`, and its prompts as CONDITIONING."""
+
+    def __init__(self, model: Any, clip: Any, vae: Any):
+        self.model, self.clip, self.vae = model, clip, vae
+
+    def encode(self, prompt: str) -> list[list[Any]]:
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))

@@ -1,0 +1,249 @@
+"""The gate on the trained demo model: what it finds, what it leaves alone, what it reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+from comfy_extras import nodes_custom_sampler as custom
+
+import nodes as host
+from tests.conftest import pack_module
+from tests.host.conftest import LORA, Demo
+
+CONCEPT, SYNONYMS = "a photo of the cat", ("a photo of the kitty", "a photo of the feline", "a photo of the housecat")
+UNRELATED = ("a photo of the dog", "a photo of the ship", "a photo of the forest", "")
+STEPS = 4
+
+gating, probing = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.probing")
+
+
+def latent(batch: int = 1) -> dict[str, Any]:
+    return {"samples": torch.zeros(batch, 4, 8, 8)}
+
+
+def ksampler(
+    model: Any, positive: Any, negative: Any, batch: int = 1, sampler: str = "euler", seed: int = 3
+) -> torch.Tensor:
+    (out,) = host.common_ksampler(model, seed, STEPS, 4.0, sampler, "normal", positive, negative, latent(batch))
+    return out["samples"]
+
+
+def gated(demo: Demo, lora: Any, reports: list[Any] | None = None, **settings: Any) -> Any:
+    gate = gating.Gate(gating.PROBE, probing.ProbeSettings(**settings))
+    return gating.guided(demo.model, (lora,), gate, observer=None if reports is None else reports.append)
+
+
+def decision_for(demo: Demo, lora: Any, positive: Any, **settings: Any) -> Any:
+    reports: list[Any] = []
+    ksampler(gated(demo, lora, reports, **settings), positive, demo.encode(""))
+    return reports[0].outcomes[0].decision
+
+
+def probe_node(demo: Demo, loras: tuple[Any, ...], prompt: str, cfg: float = 4.0, **options: Any) -> Any:
+    settings = {"statistic": "auto", "threshold": 0.0, "repeats": 2, "probe_steps": 2, "schedule_steps": 20, **options}
+    return pack_module("nodes.probe").StabilityProbe.execute(
+        demo.model, loras, demo.encode(prompt), demo.encode(""), latent(), cfg, 0, -1.0, 1.0, **settings
+    )
+
+
+@pytest.mark.parametrize("prompt", [CONCEPT, *SYNONYMS])
+def test_the_concept_and_its_synonyms_are_found(prompt, demo, demo_lora):
+    assert decision_for(demo, demo_lora, demo.encode(prompt)).detected
+
+
+@pytest.mark.parametrize("prompt", UNRELATED)
+def test_other_prompts_are_not(prompt, demo, demo_lora):
+    assert not decision_for(demo, demo_lora, demo.encode(prompt)).detected
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
+def test_an_unrelated_picture_is_the_base_models_bit_for_bit(sampler, batch, demo, demo_lora):
+    positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
+    expected = ksampler(demo.model, positive, negative, batch, sampler)
+    assert torch.equal(ksampler(gated(demo, demo_lora), positive, negative, batch, sampler), expected)
+
+
+def test_a_picture_of_the_concept_changes(demo, demo_lora):
+    positive, negative = demo.encode(CONCEPT), demo.encode("")
+    base, erased = ksampler(demo.model, positive, negative), ksampler(gated(demo, demo_lora), positive, negative)
+    assert (erased - base).norm() > 0.1 * base.norm()
+
+
+def test_the_probe_leaves_the_global_random_numbers_alone(demo, demo_lora):
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    probe_node(demo, (demo_lora,), CONCEPT)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_same_prompt_gets_the_same_decision(demo, demo_lora):
+    first, second = (decision_for(demo, demo_lora, demo.encode(CONCEPT)) for _ in range(2))
+    assert first == second
+
+
+def test_the_node_and_the_gate_decide_alike(demo, demo_lora):
+    for prompt in (CONCEPT, UNRELATED[0]):
+        (decision,) = probe_node(demo, (demo_lora,), prompt)[0]
+        found = decision_for(demo, demo_lora, demo.encode(prompt))
+        assert (decision.detected, decision.statistic) == (found.detected, found.statistic)
+        assert decision.score == pytest.approx(found.score, abs=1e-5)
+
+
+def test_the_concept_is_found_among_other_conditionings(demo, demo_lora):
+    (area,) = host.ConditioningSetArea().append(demo.encode(CONCEPT), 32, 64, 0, 32, 1.0)
+    late = [[text, {**options, "start_percent": 0.6}] for text, options in demo.encode(CONCEPT)]
+    for hidden in (demo.encode(CONCEPT), area, late):
+        assert decision_for(demo, demo_lora, demo.encode(UNRELATED[2]) + hidden).detected
+
+
+def test_the_concept_is_found_in_a_guiders_second_prompt(demo, demo_lora):
+    reports: list[Any] = []
+    model = gated(demo, demo_lora, reports)
+    guider = custom.DualCFGGuider.execute(
+        model, demo.encode(UNRELATED[0]), demo.encode(CONCEPT), demo.encode(""), 4.0, 2.0, "regular"
+    )[0]
+    sigmas = custom.BasicScheduler.execute(model, "normal", STEPS, 1.0)[0]
+    sampler = custom.KSamplerSelect.execute("euler")[0]
+    custom.SamplerCustomAdvanced.execute(custom.RandomNoise.execute(3)[0], guider, sampler, sigmas, latent())
+    assert reports[0].outcomes[0].decision.detected
+
+
+# which statistic
+
+
+def without_clip(lora: Any) -> Any:
+    return dataclasses.replace(lora, concept=None, neutral=None)
+
+
+def without_calibration(lora: Any) -> Any:
+    card = dataclasses.replace(lora.adapter.card, calibration={})
+    return dataclasses.replace(lora, adapter=dataclasses.replace(lora.adapter, card=card))
+
+
+def test_alignment_decides_where_the_concepts_prompt_is_known(demo, demo_lora):
+    assert decision_for(demo, demo_lora, demo.encode(CONCEPT)).statistic == "alignment"
+
+
+def test_without_a_clip_the_cards_calibration_decides(demo, demo_lora):
+    for prompt, expected in ((CONCEPT, True), (UNRELATED[2], False)):
+        decision = decision_for(demo, without_clip(demo_lora), demo.encode(prompt))
+        assert decision.statistic == "influence"
+        assert decision.detected is expected
+
+
+def test_with_neither_the_papers_rule_decides_and_says_so(demo, demo_lora, caplog):
+    decision = decision_for(demo, without_calibration(without_clip(demo_lora)), demo.encode(CONCEPT))
+    assert decision.statistic == "paper"
+    assert "negative prompt stood in" in decision.reason
+    assert "no neutral prompt" in caplog.text
+
+
+def test_a_calibration_for_another_size_is_not_used(demo, demo_lora):
+    lora = without_clip(demo_lora)
+    reports: list[Any] = []
+    model = gated(demo, lora, reports)
+    host.common_ksampler(
+        model,
+        3,
+        1,
+        4.0,
+        "euler",
+        "normal",
+        demo.encode(CONCEPT),
+        demo.encode(""),
+        {"samples": torch.zeros(1, 4, 8, 16)},
+    )
+    assert reports[0].outcomes[0].decision.statistic == "paper"
+
+
+def test_the_node_reports_every_statistic(demo, demo_lora):
+    decisions, weight, score, detected, plot, report = probe_node(demo, (demo_lora,), CONCEPT).args
+    assert [statistic.name for statistic in decisions[0].statistics] == ["alignment", "influence", "paper"]
+    assert (weight, detected) == (-1.0, True)
+    assert score == decisions[0].score
+    assert plot.ndim == 4
+    assert plot.shape[3] == 3
+    assert 0.0 <= float(plot.min()) < float(plot.max()) <= 1.0
+    content = json.loads(report)["erasure"][0]
+    assert content["decision"]["detected"] is True
+    assert content["erasure_lora"] == LORA
+
+
+# decisions on wires
+
+
+def test_a_decision_is_used_instead_of_a_probe(demo, demo_lora):
+    decisions = probe_node(demo, (demo_lora,), CONCEPT)[0]
+    reports: list[Any] = []
+    gate = gating.Gate(gating.PROBE, probing.ProbeSettings())
+    model = gating.guided(demo.model, (demo_lora,), gate, decisions, observer=reports.append)
+    given = ksampler(model, demo.encode(CONCEPT), demo.encode(""))
+    assert reports[0].evaluations["probe"] == 0
+    assert torch.equal(given, ksampler(gated(demo, demo_lora), demo.encode(CONCEPT), demo.encode("")))
+
+
+def test_a_decision_for_another_adapter_strength_number_or_model_is_refused(demo, demo_lora, golden_model):
+    gate = gating.Gate()
+    decisions = probe_node(demo, (demo_lora,), CONCEPT)[0]
+    stronger = dataclasses.replace(demo_lora, strength=1.5)
+    with pytest.raises(ValueError, match="another erasure LoRA than 'unguide-demo/selective/cat.safetensors'"):
+        gating.guided(demo.model, (stronger,), gate, decisions)
+    with pytest.raises(ValueError, match="1 decisions and 2 erasure LoRAs"):
+        gating.guided(demo.model, (demo_lora, stronger), gate, decisions)
+    other = [dataclasses.replace(decisions[0], model_key="0123")]
+    with pytest.raises(ValueError, match="made for another model"):
+        gating.guided(demo.model, (demo_lora,), gate, other)
+
+
+def test_a_models_key_survives_loading_and_tells_patches_apart(demo, demo_lora):
+    import comfy.sd
+
+    identity = pack_module("unguide_comfy.identity")
+    before = identity.model_key(demo.model)
+    ksampler(demo.model, demo.encode(CONCEPT), demo.encode(""))
+    assert identity.model_key(demo.model) == before
+    (name, layer), *_ = demo_lora.adapter.layers.items()
+    patches = {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up}
+    patched, _ = comfy.sd.load_lora_for_models(demo.model, None, patches, 1.0, 0.0)
+    key = identity.model_key(patched)
+    assert key != before
+    ksampler(patched, demo.encode(CONCEPT), demo.encode(""))
+    assert identity.model_key(patched) == key
+    assert identity.model_key(demo.model) == before
+
+
+# what it costs
+
+
+@pytest.mark.parametrize(("prompt", "adapted"), [(UNRELATED[0], 0), (CONCEPT, 2 * STEPS)])
+def test_evaluations_are_counted(prompt, adapted, demo, demo_lora):
+    reports: list[Any] = []
+    ksampler(gated(demo, demo_lora, reports, repeats=2, probe_steps=2), demo.encode(prompt), demo.encode(""))
+    # per noise seed: two steps of two conditionings, then the prompt, the neutral prompt and the concept's
+    assert reports[0].evaluations == {"base": 2 * STEPS, "adapted": adapted, "probe": 2 * (2 * 2 + 3)}
+
+
+def test_the_sampler_node_reports_its_run(demo, demo_lora):
+    execute = pack_module("nodes.sampler").UnGuideSampler.execute
+    arguments = (
+        demo.model,
+        3,
+        STEPS,
+        4.0,
+        "euler",
+        "normal",
+        demo.encode(UNRELATED[0]),
+        demo.encode(""),
+        latent(),
+        1.0,
+    )
+    out, plot, report = execute(*arguments, (demo_lora,), "probe", -1.0, 1.0).args
+    assert torch.equal(out["samples"], ksampler(demo.model, demo.encode(UNRELATED[0]), demo.encode("")))
+    assert json.loads(report)["erasure"][0]["weight"] == 1.0
+    assert plot.shape[0] == 1
