@@ -53,8 +53,9 @@ def prompts(concept: str) -> Iterator[tuple[str, str]]:
 def measure(kind: str, cfg: float, settings: dict[str, Any]) -> Iterator[Score]:
     """Every statistic of every prompt under every concept's gate, in the host."""
     import comfy.samplers
-    import nodes
     import torch
+
+    import nodes
     from demo.captions import CLASSES
 
     gating, probing = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.probing")

@@ -192,7 +192,7 @@ def test_a_decision_for_another_adapter_strength_number_or_model_is_refused(demo
     gate = gating.Gate()
     decisions = probe_node(demo, (demo_lora,), CONCEPT)[0]
     stronger = dataclasses.replace(demo_lora, strength=1.5)
-    with pytest.raises(ValueError, match="another erasure LoRA than 'unguide-demo/selective/cat.safetensors'"):
+    with pytest.raises(ValueError, match=r"another erasure LoRA than 'unguide-demo/selective/cat\.safetensors'"):
         gating.guided(demo.model, (stronger,), gate, decisions)
     with pytest.raises(ValueError, match="1 decisions and 2 erasure LoRAs"):
         gating.guided(demo.model, (demo_lora, stronger), gate, decisions)
