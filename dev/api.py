@@ -57,7 +57,7 @@ class Api:
         self.url = url
         self.check = check
 
-    def request(self, path: str, data: Any = None, timeout: float = 30.0) -> bytes:
+    def request(self, path: str, data: Any = None, timeout: float = 120.0) -> bytes:
         """The body of the answer to a GET, or to a POST of `data` as JSON. Raises: DevError if there is no answer."""
         body = None if data is None else json.dumps(data).encode()
         request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": "application/json"})

@@ -14,7 +14,11 @@ from dev.report import DevError, Progress
 
 # in the order in which a newcomer wants them; any other module of dev/commands comes after these
 FIRST = ("demo", "test", "serve", "setup", "lint", "bench")
-EPILOG = """\
+USAGE = """\
+usage: python3 dev <command> [arguments]
+
+Sets up a real ComfyUI with this pack and runs it."""
+NOTES = """\
 environment:
   COMFYUI_PATH      use this ComfyUI and fetch nothing
   COMFYUI_PYTHON    the python that runs it (default: its venv, else this python)
@@ -33,35 +37,31 @@ def commands() -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"dev.commands.{name}") for name in ordered}
 
 
+def overview(known: dict[str, ModuleType]) -> str:
+    """What --help shows."""
+    listed = "\n".join(f"  {name:<8} {module.SUMMARY}" for name, module in known.items())
+    return f"{USAGE}\n\ncommands (python3 dev <command> --help for its arguments):\n{listed}\n\n{NOTES}"
+
+
 def parse(argv: list[str]) -> tuple[ModuleType, argparse.Namespace, list[str]]:
-    """The command, its arguments, and those that it passes on. Raises: SystemExit 2 for wrong ones."""
+    """The command, its arguments, and those that it passes on. Raises: DevError or SystemExit 2 for wrong ones."""
     known = commands()
-    listed = "\n".join(f"  {name:<10} {module.SUMMARY}" for name, module in known.items())
-    parser = argparse.ArgumentParser(
-        prog="python3 dev",
-        usage="python3 dev <command> [arguments]",
-        description=f"Sets up a real ComfyUI with this pack and runs it.\n\ncommands:\n{listed}",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
-    if not argv or argv[0] in ("-h", "--help"):
-        parser.print_help()
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview(known))
         raise SystemExit(0 if argv else 2)
     name, rest = argv[0], argv[1:]
     if name not in known:
         raise DevError(f"there is no command {name!r}: choose from {', '.join(known)} (python3 dev --help)", 2)
     module = known[name]
     passes_on = getattr(module, "EXTRA", None)
-    own = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"python3 dev {name}",
         description=(module.__doc__ or "").partition("`: ")[2],
-        epilog=f"{passes_on}: passed on as they are" if passes_on else None,
+        epilog=passes_on,
         allow_abbrev=False,
     )
-    module.add_arguments(own)
-    arguments, extra = own.parse_known_args(rest) if passes_on else (own.parse_args(rest), [])
+    module.add_arguments(parser)
+    arguments, extra = parser.parse_known_args(rest) if passes_on else (parser.parse_args(rest), [])
     return module, arguments, extra
 
 

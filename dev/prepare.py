@@ -46,7 +46,7 @@ def prepare(arguments: argparse.Namespace, progress: Progress) -> Host:
         comfyui, python = pinned(wanted, home, device, progress)
     base = workspace.base_directory(home)
     with cache.locked(base, progress):
-        workspace.prepare(base, progress)
+        workspace.prepare(base)
         models.prepare(python, base, progress)
     progress(f"ComfyUI in {comfyui} is ready, on the {device.upper()}")
     return Host(comfyui=comfyui, python=python, base_directory=base, device=device)

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dev import cache
 from dev.api import Api
 from dev.host import Host
 from dev.pip import clean_environment
@@ -79,7 +78,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.run_folder,
-                env=clean_environment() | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"} | _bytecode(host),
+                env=clean_environment() | host.environment() | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
                 start_new_session=True,
             )
 
@@ -148,9 +147,3 @@ def _last_line(log: Path) -> str:
     text = COLOUR.sub("", log.read_text(encoding="utf-8", errors="replace"))
     lines = [line.strip() for line in text.splitlines()]
     return next((line for line in reversed(lines) if line), "nothing")
-
-
-def _bytecode(host: Host) -> dict[str, str]:
-    """Keeps compiled bytecode out of a ComfyUI that is not ours."""
-    ours = host.comfyui.is_relative_to(cache.home())
-    return {} if ours else {"PYTHONPYCACHEPREFIX": str(host.base_directory / "bytecode")}

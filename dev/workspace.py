@@ -7,10 +7,10 @@ pinned nor a user's own ComfyUI is ever written to, and no other custom nodes ar
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from dev import cache
-from dev.report import Progress
 
 PACK = Path(__file__).resolve().parent.parent
 LINK = "comfyui-unguide"
@@ -21,12 +21,18 @@ def base_directory(home: Path, pack: Path = PACK) -> Path:
     return home / "workspaces" / f"{pack.name}-{cache.digest(str(pack))[:8]}"
 
 
-def prepare(base: Path, progress: Progress, pack: Path = PACK) -> None:
+def prepare(base: Path, pack: Path = PACK) -> None:
     """Makes the workspace, or what is missing of it."""
     for name in ("custom_nodes", "input", "output", "user", "models/checkpoints", "models/loras"):
         (base / name).mkdir(parents=True, exist_ok=True)
-    link = base / "custom_nodes" / LINK
-    if not link.is_symlink() or Path(os.readlink(link)) != pack:
-        progress(f"linking the pack into {link.parent}")
-        link.unlink(missing_ok=True)
-        link.symlink_to(pack, target_is_directory=True)
+    link(base / "custom_nodes" / LINK, pack)
+
+
+def link(place: Path, target: Path) -> None:
+    """Makes `place` a link to `target`, whatever stood there."""
+    if place.is_symlink() and Path(os.readlink(place)) == target:
+        return
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> 
         failed = []
         for name, command in checks.items():
             progress(name)
-            if run_child([str(python), "-P", *command], PACK, clean_environment()) != 0:
+            if run_child([str(python), *command], PACK, clean_environment()) != 0:
                 failed.append(name)
     print(f"failed: {', '.join(failed)}" if failed else "all checks passed")
     return 1 if failed else 0
