@@ -1,0 +1,98 @@
+"""The demo's autoencoder: TAESD's architecture with slim widths, and its exact padding to TAESD's shape.
+
+Pictures are [B, 3, H, W] in 0..1, latents [B, 4, H/8, W/8] with about unit variance. It does not know ComfyUI; the
+scalars that ComfyUI multiplies latents with are added by `demo.unpack`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LATENT_CHANNELS = 4
+TAESD_WIDTH = 64
+WIDTHS = (32, 32, 64, 64)
+"""Channels at full, half, quarter and eighth resolution."""
+
+
+def _conv(n_in: int, n_out: int, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, 3, stride=stride, padding=1, bias=bias)
+
+
+class Clamp(nn.Module):
+    """Soft limit of a latent to -3..3, as TAESD has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+class Block(nn.Module):
+    """Three convolutions around an identity skip."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(_conv(n, n), nn.ReLU(), _conv(n, n), nn.ReLU(), _conv(n, n))
+        self.fuse = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fuse(self.conv(x) + x)
+
+
+class Encoder(nn.Sequential):
+    """Picture to latent; module numbers as in TAESD."""
+
+    def __init__(self, widths: tuple[int, int, int, int] = WIDTHS) -> None:
+        full, half, quarter, eighth = widths
+        super().__init__(
+            *(_conv(3, full), Block(full)),
+            *(_conv(full, half, 2, bias=False), Block(half), Block(half), Block(half)),
+            *(_conv(half, quarter, 2, bias=False), Block(quarter), Block(quarter), Block(quarter)),
+            *(_conv(quarter, eighth, 2, bias=False), Block(eighth), Block(eighth), Block(eighth)),
+            _conv(eighth, LATENT_CHANNELS),
+        )
+
+
+class Decoder(nn.Sequential):
+    """Latent to picture; module numbers as in TAESD."""
+
+    def __init__(self, widths: tuple[int, int, int, int] = WIDTHS) -> None:
+        full, half, quarter, eighth = widths
+        up = {"scale_factor": 2}
+        super().__init__(
+            *(Clamp(), _conv(LATENT_CHANNELS, eighth), nn.ReLU()),
+            *(Block(eighth), Block(eighth), Block(eighth), nn.Upsample(**up), _conv(eighth, quarter, bias=False)),
+            *(Block(quarter), Block(quarter), Block(quarter), nn.Upsample(**up), _conv(quarter, half, bias=False)),
+            *(Block(half), Block(half), Block(half), nn.Upsample(**up), _conv(half, full, bias=False)),
+            *(Block(full), _conv(full, 3)),
+        )
+
+
+def pad_to_taesd(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the same function with every hidden width zero-padded to 64.
+
+    Added channels are ReLU(0) = 0 everywhere, so the result is exact.
+    """
+    padded = {}
+    edges = {f"{i}.weight" for i in (0, 1)} | {"14.weight", "19.weight", "14.bias", "19.bias"}
+    for name, value in state.items():
+        out = value.shape[0] if name in edges and value.shape[0] <= LATENT_CHANNELS else TAESD_WIDTH
+        shape = [out, *value.shape[1:]]
+        if value.ndim == 4 and value.shape[1] > LATENT_CHANNELS:
+            shape[1] = TAESD_WIDTH
+        target = value.new_zeros(shape)
+        target[tuple(slice(n) for n in value.shape)] = value
+        padded[name] = target
+    return padded
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Returns L1 + 2 MSE + half the L1 of the horizontal and vertical differences."""
+    error = output - target
+    gradients = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * gradients
+
+
+def psnr(output: Tensor, target: Tensor) -> float:
+    """Returns the peak signal-to-noise ratio in dB of pictures in 0..1, the mean over pictures."""
+    mse = (output.clamp(0, 1) - target).square().mean(dim=(1, 2, 3))
+    return float((-10 * mse.clamp_min(1e-10).log10()).mean())
