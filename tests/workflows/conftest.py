@@ -1,0 +1,76 @@
+"""What the workflow tests share: one server for all of them, and pictures as pixels. Nothing of the host is mocked."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dev.api import Graph
+from dev.host import Host
+from dev.server import Server, running_server
+from tests.conftest import ROOT
+
+WORKFLOWS = ROOT / "workflows"
+TWINS = ROOT / "tests" / "fixtures" / "workflows"
+STEMS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+CAT, DOG = "a photo of the cat", "a photo of the dog"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    with running_server(Host.from_environment()) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def object_info(server: Server) -> dict[str, Any]:
+    return server.api.get("/object_info")
+
+
+@pytest.fixture(scope="session")
+def our_nodes(object_info: dict[str, Any]) -> dict[str, Any]:
+    """The pack's own nodes of /object_info."""
+    ours = {name: info for name, info in object_info.items() if info["category"] == "UnGuide"}
+    assert len(ours) >= 4
+    return ours
+
+
+def twin(stem: str, **inputs: Any) -> Graph:
+    """The API-format twin of a workflow; the inputs replace those of the same name that hold a value, everywhere.
+
+    `prompt` is the positive prompt's text.
+    """
+    graph: Graph = copy.deepcopy(json.loads((TWINS / f"{stem}.json").read_text(encoding="utf-8")))
+    prompt = inputs.pop("prompt", None)
+    for node in graph.values():
+        if prompt is not None and node["_meta"]["title"] == "Prompt":
+            node["inputs"]["text"] = prompt
+        for name, value in inputs.items():
+            if name in node["inputs"] and not isinstance(node["inputs"][name], list):
+                node["inputs"][name] = value
+    return graph
+
+
+def pixels(png: bytes) -> tuple[tuple[int, int], bytes]:
+    """Size and pixels of a picture, without the metadata in its file."""
+    image = Image.open(io.BytesIO(png))
+    return image.size, image.convert("RGB").tobytes()
+
+
+def picture(server: Server, entry: dict[str, Any], graph: Graph, title: str) -> tuple[tuple[int, int], bytes]:
+    """The one picture of the node with that title."""
+    (node,) = [key for key, value in graph.items() if value["_meta"]["title"] == title]
+    (png,) = server.api.images(entry)[node]
+    return pixels(png)
+
+
+def report(entry: dict[str, Any]) -> dict[str, Any]:
+    """The report that a workflow shows as text."""
+    (text,) = [output["text"][0] for output in entry["outputs"].values() if "text" in output]
+    return json.loads(text)
