@@ -1,0 +1,138 @@
+"""The shipped workflows, executed by the real server on the demo model, as a person who presses Run has it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from dev.api import ExecutionFailedError, Graph
+from dev.server import Server
+from tests.workflows.conftest import CAT, DOG, STEMS, picture, report, twin
+
+COMPARISON = "3_compare_base_lora_unguide"
+COLUMNS = ("1: base", "2: LoRA only", "3: UnGuide")
+# these workflows show a report
+REPORTING = ("1_quick_start", "2_probe_then_sample", COMPARISON)
+
+Run = tuple[dict[str, Any], Graph]
+
+
+def decided(entry: dict[str, Any]) -> dict[str, Any]:
+    """The one decision of a run's report."""
+    (outcome,) = report(entry)["erasure"]
+    return {**outcome["decision"], "weight": outcome["weight"]}
+
+
+@pytest.fixture(scope="session")
+def finished(server: Server) -> dict[tuple[str, str], Run]:
+    """Every workflow as shipped, but for the prompt, run once: entry and graph by stem and prompt."""
+    runs = {}
+    for stem in STEMS:
+        for prompt in (CAT, DOG):
+            graph = twin(stem, prompt=prompt)
+            runs[stem, prompt] = (server.api.run(graph), graph)
+    return runs
+
+
+def comparison(server: Server, finished: dict[tuple[str, str], Run], prompt: str) -> list[Any]:
+    entry, graph = finished[COMPARISON, prompt]
+    return [picture(server, entry, graph, title) for title in COLUMNS]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_picture_node_gives_a_picture(server: Server, finished: dict[tuple[str, str], Run], stem: str) -> None:
+    entry, graph = finished[stem, CAT]
+    assert entry["status"]["status_str"] == "success"
+    images = server.api.images(entry)
+    assert set(images) == {key for key, node in graph.items() if node["class_type"] in ("SaveImage", "PreviewImage")}
+    assert all(len(pngs) == 1 for pngs in images.values())
+
+
+@pytest.mark.parametrize("stem", REPORTING)
+def test_the_report_finds_the_concept_and_nothing_in_another_prompt(
+    finished: dict[tuple[str, str], Run], stem: str
+) -> None:
+    cat, dog = (decided(finished[stem, prompt][0]) for prompt in (CAT, DOG))
+    assert (cat["detected"], cat["weight"]) == (True, -1.0)
+    assert (dog["detected"], dog["weight"]) == (False, 1.0)
+    assert cat["score"] > dog["score"]
+
+
+def test_an_unrelated_picture_is_the_base_models_and_the_lora_alone_changes_it(
+    server: Server, finished: dict[tuple[str, str], Run]
+) -> None:
+    base, lora_only, guided = comparison(server, finished, DOG)
+    assert guided == base
+    assert lora_only != base
+
+
+def test_the_concepts_picture_is_neither_the_base_models_nor_the_loras(
+    server: Server, finished: dict[tuple[str, str], Run]
+) -> None:
+    base, lora_only, guided = comparison(server, finished, CAT)
+    assert len({base, lora_only, guided}) == 3
+
+
+@pytest.mark.parametrize("prompt", [CAT, DOG])
+def test_all_four_workflows_draw_the_same_picture(
+    server: Server, finished: dict[tuple[str, str], Run], prompt: str
+) -> None:
+    wanted = comparison(server, finished, prompt)[2]
+    for stem in STEMS:
+        if stem != COMPARISON:
+            entry, graph = finished[stem, prompt]
+            assert picture(server, entry, graph, "Picture") == wanted, stem
+
+
+def test_nothing_is_spent_on_the_adapter_where_nothing_is_found(finished: dict[tuple[str, str], Run]) -> None:
+    steps = 30
+    found, nothing = (report(finished["1_quick_start", prompt][0])["unet_evaluations"] for prompt in (CAT, DOG))
+    assert (found["base"], found["adapted"]) == (2 * steps, 2 * steps)
+    assert (nothing["base"], nothing["adapted"]) == (2 * steps, 0)
+    assert found["probe"] == nothing["probe"] > 0
+
+
+def test_weight_zero_for_every_prompt_is_the_lora_alone(server: Server) -> None:
+    """The host's own LoRA loader reads the same file and means the same by it; only the arithmetic differs."""
+    graph = twin(COMPARISON, prompt=DOG, gate_mode="fixed", weight_detected=0.0, steps=4)
+    entry = server.api.run(graph)
+    base, lora_only, guided = (picture(server, entry, graph, title) for title in COLUMNS)
+    assert difference(lora_only, guided) <= 2 < difference(lora_only, base)
+
+
+def difference(one: Any, other: Any) -> int:
+    """The largest difference of two pictures' channels, of 255."""
+    assert one[0] == other[0]
+    return max(abs(a - b) for a, b in zip(one[1], other[1], strict=True))
+
+
+def again(server: Server, number: int) -> Any:
+    """The quick start's picture, sampled anew: the host caches by inputs, so one that has no effect here differs."""
+    graph = twin("1_quick_start", prompt=CAT, steps=6, weight_otherwise=0.5 + number / 100)
+    return picture(server, server.api.run(graph), graph, "Picture")
+
+
+def test_the_same_prompt_twice_gives_the_same_picture(server: Server) -> None:
+    assert again(server, 1) == again(server, 2)
+
+
+def test_a_run_after_an_interrupted_one_gives_the_same_picture(server: Server) -> None:
+    before = again(server, 3)
+    steps = 997
+    running = server.api.queue(twin("1_quick_start", prompt=CAT, steps=steps))
+    wait_for_log(server, f"/{steps} [")
+    server.api.interrupt()
+    with pytest.raises(ExecutionFailedError, match="interrupted"):
+        server.api.wait(running, timeout=60)
+    assert again(server, 4) == before
+
+
+def wait_for_log(server: Server, text: str, timeout: float = 120.0) -> None:
+    """Returns once the server has printed that text, as its progress bar does after the first step."""
+    deadline = time.monotonic() + timeout
+    while text not in server.log.read_text(encoding="utf-8", errors="replace"):
+        assert time.monotonic() < deadline, f"{text!r} is not in {server.log}"
+        server.check()
+        time.sleep(0.1)
