@@ -1,0 +1,48 @@
+"""`python3 dev demo`: erases a concept from the embedded demo model with the shipped workflows, and leaves pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from dev import demo, prepare
+from dev.report import DevError, Progress
+from dev.server import running_server
+
+SUMMARY = "set up a real ComfyUI with this pack, erase a concept, leave pictures to look at"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    prepare.add_arguments(parser)
+    parser.add_argument("--concept", default="cat", help="what is erased, one of the ten classes (default: cat)")
+    parser.add_argument("--prompt", action="append", default=[], help="another row with this prompt; may be repeated")
+    parser.add_argument("--seed", type=int, default=7, help="of every picture (default: 7)")
+    parser.add_argument("--output", default="demo_output", help="folder of the results (default: demo_output)")
+
+
+def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> int:
+    concept, output = arguments.concept.strip().lower(), Path(arguments.output)
+    demo.check_known(concept)
+    demo.check_seed(arguments.seed)
+    demo.check_output(output)
+    host = prepare.prepare(arguments, progress)
+    demo.check_installed(concept, host)
+    rows = demo.rows_for(concept, arguments.prompt)
+    progress("starting ComfyUI")
+    with running_server(host, arguments=("--disable-metadata",)) as server:
+        run_of = demo.Demo(server, concept, arguments.seed, progress)
+        singles = {stem: run_of.single(stem, rows[0].prompt) for stem in demo.SINGLE}
+        pictures = [picture for row in rows for picture in run_of.row(row)]
+    progress("judging the pictures and drawing the grid")
+    demo.judge_and_draw(host, concept, rows, pictures, output)
+    for stem, png in singles.items():
+        (output / f"{stem}.png").write_bytes(png)
+    report = output / "report.json"
+    report.write_text(json.dumps([picture.entry() for picture in pictures], indent=2) + "\n", encoding="utf-8")
+    print(demo.table(pictures))
+    print(f"\n{(output / 'grid.png').absolute()}\n{report.absolute()}")
+    if wrong := demo.failures(concept, rows, pictures):
+        raise DevError(f"the demonstration failed: {'; '.join(wrong)}")
+    progress("done: the concept is erased, and every unrelated picture is the base model's, bit for bit")
+    return 0
