@@ -16,6 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_PRECISIONS = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 _CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 
 
@@ -46,7 +54,7 @@ class LowRank:
         if self.down.numel() == 0 or self.up.numel() == 0:
             raise ValueError(f"down has shape {down} and up {up}; expected no empty dimension")
         for name, tensor in (("down", self.down), ("up", self.up)):
-            if not tensor.is_floating_point():
+            if tensor.dtype not in _PRECISIONS:
                 raise ValueError(f"{name} has dtype {tensor.dtype}; expected a floating-point one")
             # through float32, since 8-bit floats have no isfinite
             if not bool(tensor.detach().float().isfinite().all()):

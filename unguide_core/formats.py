@@ -1,30 +1,25 @@
-"""The files that erasure adapters come in, to and from `Adapter`.
+"""Erasure adapters in the formats that files hold them in, to and from `Adapter`.
 
     official   the research code's `lora.pth`: a torch zip of `<module path>.lora.A` [in, rank], `.lora.B` [rank, out]
     kohya      safetensors of `lora_unet_<stem>.lora_down.weight`, `.lora_up.weight`, `.alpha` (LECO, SPM, sliders)
     generic    safetensors: the same with ComfyUI's own names, `diffusion_model.<module path>`
 
-The format is told by the content, never by the file's name. Anything else is refused by name. Knows no model: whether
-an adapter's layers fit one is found out by whoever applies it.
+The format is told by the content, never by the file's name. Anything else is refused by name. Knows neither how files
+are opened (see containers.py) nor any model: whether an adapter's layers fit one is found out by whoever applies it.
 """
 
 import math
 import os
-import pickle
 import re
-import secrets
-import struct
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from .adapter import Adapter, Card, LowRank
+from .containers import read_tensors, write_safetensors
 
 OFFICIAL_SCALE = 8.0
 """The official scripts merge with alpha = 8 and no division by the rank; their files store neither."""
@@ -33,7 +28,6 @@ _DOWN, _UP, _ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 _A, _B = ".lora.A", ".lora.B"
 _DIFFUSION_STEMS = {"kohya": "lora_unet_", "generic": "diffusion_model."}
 _TEXT_ENCODER_STEMS = ("lora_te", "text_encoder")
-_ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 
 _REFUSED = (
     (r"dora_scale", "DoRA", "it rescales the whole weight, which no low-rank change added to the base can do"),
@@ -68,19 +62,13 @@ def load_adapter(path: str | os.PathLike[str], *, alpha: float | None = None) ->
     """
     path = Path(path)
     try:
-        tensors, metadata = _read(path)
-        card = Card.from_metadata(metadata)
+        tensors, metadata = read_tensors(path)
         source_format, layers, notes = _layers(tensors, alpha)
+        return Adapter(layers, _completed(Card.from_metadata(metadata), source_format, layers), tuple(notes))
     except ValueError as error:
         raise AdapterError(f"adapter '{path.name}': {error}") from error
-    ranks, alphas = {layer.rank for layer in layers.values()}, {_alpha(layer) for layer in layers.values()}
-    card = replace(
-        card,
-        source_format=card.source_format or source_format,
-        rank=ranks.pop() if len(ranks) == 1 else None,
-        alpha=alphas.pop() if len(alphas) == 1 else None,
-    )
-    return Adapter(layers, card, tuple(notes))
+    except OSError as error:
+        raise AdapterError(f"adapter '{path.name}' cannot be read: {error}; check the file's permissions") from error
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -99,121 +87,34 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         )
     tensors: dict[str, Tensor] = {}
     for name, layer in adapter.layers.items():
-        # clone, for safetensors refuses tensors that share memory
-        tensors[name + _DOWN] = layer.down.detach().cpu().clone(memory_format=torch.contiguous_format)
-        tensors[name + _UP] = layer.up.detach().cpu().clone(memory_format=torch.contiguous_format)
-        tensors[name + _ALPHA] = torch.tensor(_alpha(layer), dtype=torch.float64)
-        if tensors[name + _ALPHA].float().item() == _alpha(layer):
-            tensors[name + _ALPHA] = tensors[name + _ALPHA].float()
-    _write_atomically(path, save(tensors, {"format": "pt", **adapter.card.to_metadata()}))
-
-
-def _alpha(layer: LowRank) -> float:
-    """The alpha that gives the layer's scale: scale * rank, rounded to float32 where that still gives that scale."""
-    exact = layer.scale * layer.rank
-    rounded = torch.tensor(exact, dtype=torch.float32).item()
-    return rounded if rounded / layer.rank == layer.scale else exact
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        tensors[name + _DOWN], tensors[name + _UP] = layer.down, layer.up
+        alpha = torch.tensor(_alpha(layer), dtype=torch.float64)
+        tensors[name + _ALPHA] = alpha.float() if alpha.float() == alpha else alpha
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_safetensors(path, tensors, adapter.card.to_metadata())
     except OSError as error:
         raise AdapterError(
             f"cannot save '{path}': {error.strerror or error}; "
             "check that the folder exists and may be written, and that the disk has room"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The file's tensors and metadata, whatever its container. Raises ValueError."""
-    if not path.is_file():
-        raise ValueError("no such file; put adapters into ComfyUI's folder models/loras")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(9)
-    if size == 0:
-        raise ValueError("the file is empty; download or save it again")
-    if start.startswith(_ZIP_MAGIC):
-        tensors, metadata = _read_torch_zip(path, size), dict[str, str]()
-    elif start.startswith(_PICKLE_MAGIC) and not (len(start) == 9 and start[8:] == b"{"):
-        raise ValueError(
-            "it is a bare pickle, which may run code when opened, and is not read; expected safetensors or a torch "
-            "zip: save it again with a current torch, or as safetensors"
-        )
-    else:
-        _check_safetensors_header(start, size)
-        tensors, metadata = _read_safetensors(path)
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if stored > size:
-        raise ValueError(
-            f"its tensors claim {stored} bytes and the file has {size}; it is damaged or forged, do not use it"
-        )
-    return tensors, metadata
+def _alpha(layer: LowRank) -> float:
+    """The alpha that gives the layer's scale: scale * rank, rounded to float32 where that still gives that scale."""
+    exact = layer.scale * layer.rank
+    rounded = torch.tensor(exact, dtype=torch.float64).float().item()
+    return rounded if rounded / layer.rank == layer.scale else exact
 
 
-def _check_safetensors_header(start: bytes, size: int) -> None:
-    """safetensors begins with the header's length, 8 bytes little-endian, and the header, a JSON object."""
-    header = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
-    if start[8:] != b"{":
-        raise ValueError("it is neither safetensors nor a torch zip; expected an adapter saved by a LoRA trainer")
-    if header > size - 8:
-        raise ValueError(f"it is truncated: its header has {header} bytes and the file only {size}; download it again")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            metadata.pop("format", None)  # the container's own: which library wrote it
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"its safetensors content is damaged or truncated ({error}); download or save it again"
-        ) from error
-
-
-def _read_torch_zip(path: Path, size: int) -> dict[str, Tensor]:
-    """A torch zip's tensors, without unpickling anything but tensors."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"its torch zip is damaged or truncated ({error}); download or save it again") from error
-    # torch stores without compression, so anything bigger than the file is a zip bomb
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise ValueError("it is a compressed zip, and torch writes none; expected a file saved by torch")
-    if not any(member.filename.endswith("data.pkl") for member in members):
-        raise ValueError(
-            "it is a zip without a torch pickle; expected a file saved by torch: unpack it and use what is in it"
-        )
-    try:
-        with path.open("rb") as file:  # by its path, torch.load would go by the name's ending
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            "it holds more than tensors, perhaps code, and is refused; expected an official lora.pth, a plain dict of "
-            "tensors"
-        ) from error
-    except Exception as error:  # torch raises nearly anything on damaged content
-        raise ValueError(f"its torch content is damaged ({error}); download or save it again") from error
-    values = list(content.values()) if isinstance(content, dict) else [content]
-    strange = [
-        v for v in values if not (isinstance(v, Tensor) and v.layout == torch.strided and v.device.type == "cpu")
-    ]
-    if strange or not isinstance(content, dict):
-        raise ValueError(
-            f"it holds a {type((strange or values)[0]).__name__} where a dict of plain tensors is expected; "
-            "use the lora.pth that the official trainer wrote"
-        )
-    return {str(key): value for key, value in content.items()}
+def _completed(card: Card, source_format: str, layers: Mapping[str, LowRank]) -> Card:
+    """The card with what the layers themselves tell, which outranks what is written in it."""
+    ranks, alphas = {layer.rank for layer in layers.values()}, {_alpha(layer) for layer in layers.values()}
+    return replace(
+        card,
+        source_format=card.source_format or source_format,
+        rank=ranks.pop() if len(ranks) == 1 else None,
+        alpha=alphas.pop() if len(alphas) == 1 else None,
+    )
 
 
 def _layers(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[str, dict[str, LowRank], list[str]]:
@@ -309,9 +210,10 @@ def _stored_alpha(tensors: Mapping[str, Tensor], stem: str) -> float | None:
     stored = tensors.get(stem + _ALPHA)
     if stored is None:
         return None
-    if stored.numel() != 1 or not math.isfinite(stored.item()):
-        raise ValueError(f"'{stem}{_ALPHA}' is {stored.flatten()[:4].tolist()}; expected one finite number")
-    return float(stored.item())
+    numbers = stored.flatten()[:4].tolist()
+    if stored.numel() != 1 or isinstance(numbers[0], complex) or not math.isfinite(numbers[0]):
+        raise ValueError(f"'{stem}{_ALPHA}' is {numbers}; expected one finite number")
+    return float(numbers[0])
 
 
 def _low_rank(stem: str, down: Tensor, up: Tensor, scale: float) -> LowRank:
