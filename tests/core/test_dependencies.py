@@ -19,7 +19,6 @@ FORBIDDEN = {
     "unguide_comfy": OURS - {"unguide_core", "unguide_comfy"} | EXTRAS,
     "nodes": OURS - {"unguide_core", "unguide_comfy", "nodes"} | EXTRAS | {"numpy", "PIL", "safetensors"},
     "unguide_train": OURS - {"unguide_core", "unguide_train"} | HOST,
-    "dev": OURS - {"dev", "demo"},
 }
 
 

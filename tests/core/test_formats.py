@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from unguide_core import formats
+from unguide_core import containers
 from unguide_core.adapter import Adapter, Card, LowRank
 from unguide_core.formats import AdapterError, load_adapter, save_adapter
 
@@ -207,7 +207,7 @@ def test_an_existing_file_survives_a_failed_save_and_no_temporary_file_stays(tmp
     def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(formats.os, "fsync", full_disk)
+    monkeypatch.setattr(containers.os, "fsync", full_disk)
     with pytest.raises(AdapterError, match=r"cannot save .*No space left on device.*that the disk has room"):
         save_adapter(mixed_adapter(randn), path)
     assert path.read_bytes() == before
@@ -228,6 +228,12 @@ def test_trained_layers_are_saved_without_their_gradients(tmp_path):
     assert not load_adapter(tmp_path / "cat.safetensors").layers[GENERIC].down.requires_grad
 
 
+def test_a_scale_too_large_for_float32_comes_back(tmp_path):
+    adapter = Adapter({GENERIC: LowRank(torch.ones(1, 7), torch.ones(5, 1), 1e300)})
+    save_adapter(adapter, tmp_path / "cat.safetensors")
+    assert load_adapter(tmp_path / "cat.safetensors").layers[GENERIC].scale == 1e300
+
+
 @pytest.mark.parametrize("name", ["cat.pth", "cat", "cat.safetensors.bak"])
 def test_names_that_loaders_would_not_know_are_refused(tmp_path, randn, name):
     with pytest.raises(AdapterError, match=r"expected a name ending in \.safetensors"):
@@ -235,8 +241,10 @@ def test_names_that_loaders_would_not_know_are_refused(tmp_path, randn, name):
 
 
 def test_saving_into_a_missing_folder_is_refused(tmp_path, randn):
-    with pytest.raises(AdapterError, match="check that the folder exists"):
-        save_adapter(mixed_adapter(randn), tmp_path / "missing" / "cat.safetensors")
+    (tmp_path / "file").touch()
+    for folder in ("missing", "file"):
+        with pytest.raises(AdapterError, match="check that the folder exists"):
+            save_adapter(mixed_adapter(randn), tmp_path / folder / "cat.safetensors")
 
 
 # Refusals
@@ -389,7 +397,8 @@ def test_nan_and_infinity_are_refused_with_the_layers_name(file, tmp_path, randn
     refused(tmp_path / "lora.pth", f"layer '{OFFICIAL}': down holds NaN or infinite values")
 
 
-def test_an_alpha_of_several_numbers_is_refused(file, randn):
+def test_an_alpha_that_is_not_one_real_number_is_refused(file, randn):
+    refused(file({**pair(randn, KOHYA), f"{KOHYA}.alpha": torch.tensor(1j)}), "expected one finite number")
     refused(file({**pair(randn, KOHYA), f"{KOHYA}.alpha": torch.ones(2)}), "alpha' is [1.0, 1.0]; expected one")
 
 
