@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import text, vae
 from .unet import NARROW_WIDTH, WIDE_WIDTH, UNet
@@ -111,10 +111,17 @@ def load_unet(path: Path = SEED_PATH) -> UNet:
 
 
 def load_text_encoder(path: Path = SEED_PATH) -> text.TextEncoder:
-    """Returns the text encoder in its compact form, fp32, not training."""
+    """Returns the text encoder, fp32, not training, with the very weights that the checkpoint gives ComfyUI."""
     tensors, metadata = read_seed(path)
     encoder = text.TextEncoder(json.loads(metadata["vocabulary"]))
     encoder.load_state_dict(_part(tensors, "text"))
+    clip = clip_state_dict(path)
+    for i, layer in enumerate(encoder.layers):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            dense = nn.Linear(text.WIDTH, text.WIDTH)
+            at = f"encoder.layers.{i}.self_attn.{name}"
+            dense.load_state_dict({k: clip[f"{at}.{k}"].float() for k in ("weight", "bias")})
+            setattr(layer, name, dense)
     return encoder.requires_grad_(False).train(False)
 
 
