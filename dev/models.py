@@ -13,6 +13,8 @@ from dev.workspace import PACK, link
 CHECKPOINT = "unguide-demo.safetensors"
 LORAS = "unguide-demo"
 DEMO = PACK / "demo"
+# what the unpacked checkpoint depends on; the demo's other files train, draw and judge
+SOURCES = ("demo_model.safetensors", "unpack.py", "seed.py", "text.py", "unet.py", "vae.py")
 
 
 def prepare(python: Path, base: Path, progress: Progress) -> None:
@@ -25,11 +27,11 @@ def prepare(python: Path, base: Path, progress: Progress) -> None:
 
 
 def unpack(python: Path, folder: Path, progress: Progress) -> Path:
-    """The folder of the unpacked checkpoint, made anew if anything that it is made from has changed.
+    """The folder of the unpacked checkpoint, made anew if any of SOURCES has changed.
 
     Raises: DevError with the last line that `python -m demo.unpack` printed, where it fails.
     """
-    sources = sorted(path for path in DEMO.iterdir() if path.is_file() and path.suffix not in (".png", ".md"))
+    sources = [DEMO / name for name in SOURCES if (DEMO / name).is_file()]
     inputs = cache.digest([[path.name, cache.file_digest(path)] for path in sources])
     if cache.stamped_inputs(folder) == inputs:
         return folder

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -43,7 +44,8 @@ def require_free(port: int) -> None:
             probe.bind((LOOPBACK, port))
             probe.listen()  # binding alone succeeds beside a listener that lets its address be shared
         except (OSError, OverflowError) as error:
-            reason = "is in use" if isinstance(error, OSError) else "does not exist"
+            in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            reason = "is in use" if in_use else f"cannot be used ({error})"
             raise DevError(f"port {port} {reason}: give another with --port, or none for a free one", 2) from None
 
 
@@ -91,7 +93,7 @@ class Server:
             *("--base-directory", str(host.base_directory)),
             *("--output-directory", str(kept / "output"), "--user-directory", str(kept / "user")),
             *("--temp-directory", str(self.run_folder)),
-            *("--database-url", f"sqlite:///{kept / 'user' / 'comfyui.db'}"),
+            *("--database-url", f"sqlite:///{self.run_folder / 'comfyui.db'}"),
         ]
 
     def check(self) -> None:
@@ -101,7 +103,7 @@ class Server:
             status = self.process.returncode
             raise DevError(f"ComfyUI stopped by itself (exit status {status}), its log {self.log} ends with '{said}'")
 
-    def wait_until_ready(self, timeout: float = 300.0) -> None:
+    def wait_until_ready(self, timeout: float = 600.0) -> None:
         """Returns once the server answers. Raises: DevError if it ends before, or at the timeout."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -112,7 +114,7 @@ class Server:
             time.sleep(0.2)
         raise DevError(f"ComfyUI did not answer within {timeout:.0f} s (log: {self.log})")
 
-    def stop(self, patience: float = 20.0) -> None:
+    def stop(self, patience: float = 60.0) -> None:
         """Ends the server and everything it started; nothing if it has ended."""
         assert self.process.stdin is not None  # it is a pipe
         self.process.stdin.close()

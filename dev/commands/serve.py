@@ -7,7 +7,7 @@ import time
 
 from dev import prepare
 from dev.report import Progress
-from dev.server import running_server
+from dev.server import require_free, running_server
 
 SUMMARY = "open ComfyUI with this pack for a browser"
 
@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> int:
+    if arguments.port is not None:
+        require_free(arguments.port)  # before a long set-up, not after it
     host = prepare.prepare(arguments, progress)
     progress("starting ComfyUI")
     with running_server(host, arguments.port, keep_output=True) as server:

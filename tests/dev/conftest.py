@@ -46,6 +46,6 @@ def dev() -> Dev:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "dev", *arguments]
-        return subprocess.run(command, cwd=PACK, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=PACK, capture_output=True, text=True, timeout=300)
 
     return run

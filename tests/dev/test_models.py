@@ -11,7 +11,7 @@ from dev.report import DevError, Progress
 UNPACK = """
 import sys
 from pathlib import Path
-Path(sys.argv[1]).write_text(Path("demo/packed.bin").read_text() * 2)
+Path(sys.argv[1]).write_text(Path("demo/demo_model.safetensors").read_text() * 2)
 """
 
 
@@ -22,7 +22,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "loras" / "paper").mkdir(parents=True)
     (folder / "__init__.py").touch()
     (folder / "unpack.py").write_text(UNPACK)
-    (folder / "packed.bin").write_text("one ")
+    (folder / "demo_model.safetensors").write_text("one ")
     monkeypatch.setattr(models, "PACK", folder.parent)
     monkeypatch.setattr(models, "DEMO", folder)
     return folder
@@ -52,7 +52,7 @@ def test_it_is_unpacked_once(demo: Path, base: Path, capsys: pytest.CaptureFixtu
 
 def test_it_is_unpacked_again_when_the_packed_model_changes(demo: Path, base: Path) -> None:
     prepare(base)
-    (demo / "packed.bin").write_text("two ")
+    (demo / "demo_model.safetensors").write_text("two ")
     assert prepare(base).read_text() == "two two "
 
 
@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_is_repaired(demo: Path, base: Path) -> None:
 
 
 def test_an_unpacking_that_fails_is_one_sentence(demo: Path, base: Path) -> None:
-    (demo / "packed.bin").unlink()
+    (demo / "demo_model.safetensors").unlink()
     with pytest.raises(DevError, match=r"cannot be unpacked, python -m demo\.unpack says 'FileNotFoundError"):
         prepare(base)
 

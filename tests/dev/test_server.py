@@ -40,7 +40,7 @@ def test_a_busy_port_is_one_sentence(dying: Host) -> None:
 
 
 def test_an_impossible_port_is_one_sentence(dying: Host) -> None:
-    with pytest.raises(DevError, match="port 99999 does not exist"):
+    with pytest.raises(DevError, match="port 99999 cannot be used"):
         Server(dying, 99999)
 
 
@@ -68,7 +68,7 @@ def test_a_comfyui_dies_with_a_program_that_is_killed() -> None:
     environment = os.environ | {"PYTHONPATH": str(PACK)}
     killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, capture_output=True, text=True)
     port, folder = killed.stdout.split()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while Path(folder).exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(folder).exists()

@@ -43,7 +43,7 @@ def program(ids: Path, *manner: str) -> list[str]:
     return [sys.executable, "-c", PROGRAM, str(ids), *manner]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -106,7 +106,7 @@ def test_a_supervisor_that_is_killed_takes_the_command_along(tmp_path: Path) -> 
 def test_the_exit_status_comes_through() -> None:
     command = supervised("--", sys.executable, "-c", "raise SystemExit(7)")
     with subprocess.Popen(command, stdin=subprocess.PIPE) as supervisor:
-        assert supervisor.wait(15) == 7
+        assert supervisor.wait(60) == 7
 
 
 def test_ctrl_c_while_pytest_runs_ends_both(tmp_path: Path) -> None:
@@ -123,5 +123,5 @@ def test_ctrl_c_while_pytest_runs_ends_both(tmp_path: Path) -> None:
     ) as parent:
         wait_for(lambda: ids.exists() and ids.read_text().endswith("\n"))
         os.killpg(parent.pid, signal.SIGINT)
-        assert parent.wait(15) == 128 + signal.SIGINT
+        assert parent.wait(60) == 128 + signal.SIGINT
     assert_all_end([int(ids.read_text())])
