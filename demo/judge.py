@@ -68,10 +68,10 @@ def report(painter: Painter, count: int) -> str:
         synonyms = captions.SYNONYMS[klass]
         by_synonym = [accuracy(painter, f"a photo of the {w}", klass, count // 2)[0] for w in synonyms]
         places = [accuracy(painter, f"a {klass} {p}", klass, count // 5)[0] for p in captions.PLACES.values()]
-        totals.append((by_name, np.mean(by_synonym), np.mean(places)))
+        totals.append((by_name, float(np.mean(by_synonym)), float(np.mean(places))))
         words = " ".join(f"{w} {a:.2f}" for w, a in zip(synonyms, by_synonym, strict=True))
         lines.append(f"{klass:11s} {by_name:.2f}  {words:40s} in scenes {totals[-1][2]:.2f}  {wrong or ''}")
-    mean = np.mean(totals, axis=0)
+    mean = np.array(totals).mean(axis=0)
     lines.append(f"mean: by name {mean[0]:.3f}, by synonym {mean[1]:.3f}, in scenes {mean[2]:.3f}")
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """The demo's text encoder: CLIP-L's shape with two real causal layers, and its tokenizer.
 
 Only the first two of CLIP's twelve layers do anything, with low-rank projections, so that the seed file stays small.
-They mix context, so padding positions carry the prompt's meaning as in real CLIP. Words that were never in a caption have
-a zero embedding. It does not know pictures.
+They mix context, so padding positions carry the prompt's meaning as in real CLIP. Words that were never in a caption
+have a zero embedding. It does not know pictures.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Parameter(0.1 * torch.randn(POSITIONS, WIDTH))
         self.layers = nn.ModuleList([Layer() for _ in range(LAYERS)])
         self.final_layer_norm = nn.LayerNorm(WIDTH)
+        self.rows: Tensor
         rows = torch.zeros(VOCABULARY, dtype=torch.long)
         rows[torch.tensor(vocabulary)] = torch.arange(1, len(vocabulary) + 1)
         self.register_buffer("rows", rows, persistent=False)

@@ -39,7 +39,7 @@ UNKNOWN_TOKEN = 0
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what is trained. Step counts are those of the shipped model."""
+    """Everything that decides what is trained. Step counts and batch are those of the shipped model."""
 
     icons: Path
     tokenizer: Path
@@ -47,12 +47,12 @@ class Settings:
     device: str = "cpu"
     resolution: int = 64
     pictures: int = 60_000
-    vae_steps: int = 2_200
-    unet_steps: int = 7_000
-    decoder_steps: int = 6_000
+    vae_steps: int = 3_200
+    unet_steps: int = 4_500
+    decoder_steps: int = 1_000
     classifier_steps: int = 1_500
     decay_from: float = 0.6
-    captions_per_batch: int = 8
+    captions_per_batch: int = 16
     pictures_per_caption: int = 4
     learning_rate: float = 1e-3
     ema: float = 0.999
@@ -129,7 +129,7 @@ def train_decoder(s: Settings) -> None:
 def _train_autoencoder(s: Settings, path: Path, steps: int, encoder_too: bool, batch: int = 32) -> None:
     pictures = pictures_of(s, "train")
     test = to_input(pictures_of(s, "test")[:256], s.device)
-    encoder, decoder = (m.to(s.device, memory_format=torch.channels_last) for m in (vae.Encoder(), vae.Decoder()))
+    encoder, decoder = vae.Encoder().to(s.device), vae.Decoder().to(s.device)
     state = load(path, s.device) or ({} if encoder_too else {**load(s.work / "vae.pt", s.device), "step": 0})
     if state:
         encoder.load_state_dict(state["encoder"])
@@ -173,7 +173,7 @@ def encode_latents(s: Settings) -> None:
     path = s.work / "latents.npy"
     if path.exists():
         return
-    encoder = vae.Encoder().to(s.device, memory_format=torch.channels_last)
+    encoder = vae.Encoder().to(s.device)
     encoder.load_state_dict(load(s.work / "vae.pt", s.device)["encoder"])
     pictures = pictures_of(s, "train")
     parts = []
@@ -212,9 +212,13 @@ class CaptionedLatents:
         self.shares = np.array(shares) / np.sum(shares)
         self.vocabulary = sorted({t for group in self.words for words in group for t in words})
 
-    def batch(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns latents [U * R, ...], tokens [U, 77], content mask [U, 77] (True: a word) and labels [U, 2]."""
-        count, repeat = self.s.captions_per_batch, self.s.pictures_per_caption
+    def batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns latents [U * R, ...], tokens [U, 77], content mask [U, 77] (True: a word) and labels [U, 2].
+
+        Args:
+            count: U, the number of captions; each goes with R pictures.
+        """
+        repeat = self.s.pictures_per_caption
         chosen, tokens, content, labels = [], [], [], []
         for group in rng.choice(len(self.groups), size=count, p=self.shares):
             if rng.random() < 0.1:  # the empty caption, or words that mean nothing, for any picture
@@ -263,14 +267,15 @@ def train_unet(s: Settings) -> None:
     while step < s.unet_steps:
         set_rate(optimizer, decayed(step, s.unet_steps, s.learning_rate, s.decay_from))
         with torch.autocast(s.device.split(":")[0], torch.bfloat16):
-            loss, probe_loss = unet_loss(s, models, data, rng, alphas)
+            batch = data.batch(rng, s.captions_per_batch // processes)
+            loss, probe_loss = unet_loss(models, [t.to(s.device) for t in batch], alphas)
         (loss + 0.05 * probe_loss).backward()
         share_gradients(models)
         nn.utils.clip_grad_norm_(models.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        samples += s.captions_per_batch * s.pictures_per_caption * processes
+        samples += s.captions_per_batch * s.pictures_per_caption
         keep = min(s.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(models.parameters()), 1 - keep)
         losses.append((loss.item(), probe_loss.item()))
@@ -308,22 +313,21 @@ class LabelProbe(nn.Module):
         return F.cross_entropy(self.klass(states), labels[:, 0]) + F.cross_entropy(self.scene(states), labels[:, 1])
 
 
-def unet_loss(
-    s: Settings, models: nn.ModuleDict, data: CaptionedLatents, rng: np.random.Generator, alphas: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns the min-SNR weighted eps loss and the probe's loss of one batch."""
-    latent, tokens, content, labels = (t.to(s.device) for t in data.batch(rng))
+def unet_loss(models: nn.ModuleDict, batch: list[Tensor], alphas: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the min-SNR weighted eps loss and the probe's loss of one batch of `CaptionedLatents`."""
+    latent, tokens, content, labels = batch
+    device = latent.device
     context = models["text"](tokens)
     ends = (tokens == EOS).int().argmax(-1)
-    pads = ends + (torch.rand(len(ends), device=s.device) * (POSITIONS - ends)).long()
-    every = torch.arange(len(ends), device=s.device)
+    pads = ends + (torch.rand(len(ends), device=device) * (POSITIONS - ends)).long()
+    every = torch.arange(len(ends), device=device)
     probe_loss = sum(models["probe"](context[every, at], labels) for at in (ends, pads))
     # in a fifth of the samples the words themselves are hidden, so that end and padding carry the meaning
-    rows = every.repeat_interleave(s.pictures_per_caption)
-    hidden = torch.rand(len(rows), device=s.device) < 0.2
+    rows = every.repeat_interleave(len(latent) // len(tokens))
+    hidden = torch.rand(len(rows), device=device) < 0.2
     mask = ~(content[rows] & hidden[:, None])[:, None, None, :]
-    batch = len(rows)
-    strata = (torch.randperm(batch, device=s.device) + torch.rand(batch, device=s.device)) / batch
+    count = len(rows)
+    strata = (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
     times = (strata * TRAIN_STEPS).long().clamp(max=TRAIN_STEPS - 1)
     noise = torch.randn_like(latent)
     predicted = models["unet"](add_noise(latent, noise, alphas[times]), times, context, rows, mask).float()

@@ -52,17 +52,18 @@ class Encoder(nn.Sequential):
         )
 
 
+def _rise(n_in: int, n_out: int) -> tuple[nn.Module, ...]:
+    return Block(n_in), Block(n_in), Block(n_in), nn.Upsample(scale_factor=2), _conv(n_in, n_out, bias=False)
+
+
 class Decoder(nn.Sequential):
     """Latent to picture; module numbers as in TAESD."""
 
     def __init__(self, widths: tuple[int, int, int, int] = WIDTHS) -> None:
         full, half, quarter, eighth = widths
-        up = {"scale_factor": 2}
         super().__init__(
             *(Clamp(), _conv(LATENT_CHANNELS, eighth), nn.ReLU()),
-            *(Block(eighth), Block(eighth), Block(eighth), nn.Upsample(**up), _conv(eighth, quarter, bias=False)),
-            *(Block(quarter), Block(quarter), Block(quarter), nn.Upsample(**up), _conv(quarter, half, bias=False)),
-            *(Block(half), Block(half), Block(half), nn.Upsample(**up), _conv(half, full, bias=False)),
+            *(*_rise(eighth, quarter), *_rise(quarter, half), *_rise(half, full)),
             *(Block(full), _conv(full, 3)),
         )
 
