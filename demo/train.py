@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import artwork, captions, vae
-from .classifier import LABELS, RESOLUTION, Classifier, classify, save_classifier
+from .classifier import CLASSIFIER_PATH, LABELS, RESOLUTION, Classifier, classify, save_classifier
 from .diffusion import TRAIN_STEPS, add_noise, alphas_cumprod, min_snr_weight
 from .seed import SEED_PATH, write_seed
 from .text import EOS, POSITIONS, TextEncoder, Tokenizer, pad_tokens
@@ -44,6 +44,7 @@ class Settings:
     icons: Path
     tokenizer: Path
     work: Path
+    destination: Path = Path(__file__).parent
     device: str = "cpu"
     resolution: int = 64
     pictures: int = 60_000
@@ -130,7 +131,9 @@ def _train_autoencoder(s: Settings, path: Path, steps: int, encoder_too: bool, b
     pictures = pictures_of(s, "train")
     test = to_input(pictures_of(s, "test")[:256], s.device)
     encoder, decoder = vae.Encoder().to(s.device), vae.Decoder().to(s.device)
-    state = load(path, s.device) or ({} if encoder_too else {**load(s.work / "vae.pt", s.device), "step": 0})
+    state = load(path, s.device)
+    if not state and not encoder_too:
+        state = {k: v for k, v in load(s.work / "vae.pt", s.device).items() if k in ("encoder", "decoder")}
     if state:
         encoder.load_state_dict(state["encoder"])
         decoder.load_state_dict(state["decoder"])
@@ -424,7 +427,7 @@ def train_classifier(s: Settings) -> None:
         optimizer.zero_grad()
         if (step + 1) % 200 == 0:
             log.info("classifier step %d: loss %.3f", step + 1, loss.item())
-    save_classifier(model)
+    save_classifier(model, s.destination / CLASSIFIER_PATH.name)
     report_classifier(s)
 
 
@@ -432,11 +435,12 @@ def report_classifier(s: Settings) -> None:
     """Logs the shipped classifier's accuracy on artwork of the vendor that it never saw, and on pictures of nothing."""
     torch.manual_seed(s.seed + 5)
     pictures, classes = draw_classified(s, 1_000, held_out=True, seed=s.seed + 5)
-    right = (classify(pictures).argmax(-1).numpy() == classes).astype(float)
+    path = s.destination / CLASSIFIER_PATH.name
+    right = (classify(pictures, path).argmax(-1).numpy() == classes).astype(float)
     for number, name in enumerate(captions.CLASSES):
         log.info("held-out vendor, %s: %.3f", name, right[classes == number].mean())
     other = make_other(to_input(pictures, "cpu"), to_input(draw_scenes(300, s.seed + 6), "cpu"))
-    rejected = (classify(other).argmax(-1) == LABELS.index("other")).float().mean().item()
+    rejected = (classify(other, path).argmax(-1) == LABELS.index("other")).float().mean().item()
     log.info("held-out vendor, all: %.3f; pictures of nothing called other: %.3f", right.mean(), rejected)
 
 
@@ -453,7 +457,8 @@ def pack(s: Settings) -> None:
         part, key = name.split(".", 1)
         parts[part][key] = value
     notes = {"resolution": str(s.resolution), "unet_steps": str(unet["step"]), "unet_samples": str(unet["samples"])}
-    path = write_seed(SEED_PATH, parts["unet"], parts["text"], unet["vocabulary"], encoder, decoder, notes)
+    path = s.destination / SEED_PATH.name
+    write_seed(path, parts["unet"], parts["text"], unet["vocabulary"], encoder, decoder, notes)
     log.info("packed %.1f MB into %s", path.stat().st_size / 1e6, path.name)
 
 
@@ -467,24 +472,26 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, tuple[str, ...]
     parser.add_argument("--tokenizer", type=Path, required=True, help="ComfyUI's folder comfy/sd1_tokenizer")
     parser.add_argument("--work", type=Path, required=True, help="folder for intermediates and checkpoints")
     parser.add_argument("--stage", choices=STAGES, help="run this stage alone (default: all, in order)")
-    for name, kind in (("device", str), ("resolution", int), ("pictures", int), ("seed", int)):
+    options = (("destination", Path), ("device", str), ("resolution", int), ("pictures", int), ("seed", int))
+    for name, kind in options:
         parser.add_argument(f"--{name}", type=kind, default=getattr(Settings, name), help="default: %(default)s")
     for name in ("vae_steps", "unet_steps", "decoder_steps", "classifier_steps"):
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=getattr(Settings, name), help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    options = vars(parser.parse_args(arguments))
-    stage, threads = options.pop("stage"), options.pop("threads")
+    chosen = vars(parser.parse_args(arguments))
+    stage, threads = chosen.pop("stage"), chosen.pop("threads")
     if threads:
         torch.set_num_threads(threads)
-    return Settings(**options), (stage,) if stage else STAGES
+    return Settings(**chosen), (stage,) if stage else STAGES
 
 
 def main() -> None:
     """Runs the chosen stages."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     settings, stages = parse()
-    settings.work.mkdir(parents=True, exist_ok=True)
+    for folder in (settings.work, settings.destination):
+        folder.mkdir(parents=True, exist_ok=True)
     torch.set_flush_denormal(True)
     runners = {
         "draw": draw,
