@@ -103,7 +103,7 @@ def check_output(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DevError(f"{output} cannot hold the results ({error.strerror}): choose a folder with --output", 2) from None
+        raise DevError(f"{output} cannot hold results ({error.strerror}): choose a folder with --output", 2) from None
 
 
 def check_installed(concept: str, host: Host) -> None:
@@ -124,6 +124,15 @@ class Demo:
         """A shipped workflow in API format, with the demo's prompt, seed and erasure LoRA."""
         shipped = json.loads((WORKFLOWS / f"{stem}.json").read_text(encoding="utf-8"))
         return prepared(workflow.to_api(shipped, self.object_info), prompt, self.seed, LORA.format(self.concept))
+
+    def load(self, prompt: str) -> None:
+        """One step of one picture, so that loading the model is in no picture's seconds."""
+        self.progress("loading the demo model")
+        graph = self.graph(COMPARISON, prompt)
+        part = workflow.upstream(graph, (workflow.node_of(graph, filename_prefix=COLUMNS["base"]),))
+        for node in part.values():
+            node["inputs"] |= {"steps": 1} if "steps" in node["inputs"] else {}
+        self.server.api.run(part)
 
     def single(self, stem: str, prompt: str) -> bytes:
         """The picture of a workflow that saves one."""

@@ -32,8 +32,9 @@ def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> 
     progress("starting ComfyUI")
     with running_server(host, arguments=("--disable-metadata",)) as server:
         run_of = demo.Demo(server, concept, arguments.seed, progress)
-        singles = {stem: run_of.single(stem, rows[0].prompt) for stem in demo.SINGLE}
+        run_of.load(rows[0].prompt)
         pictures = [picture for row in rows for picture in run_of.row(row)]
+        singles = {stem: run_of.single(stem, rows[0].prompt) for stem in demo.SINGLE}
     progress("judging the pictures and drawing the grid")
     demo.judge_and_draw(host, concept, rows, pictures, output)
     for stem, png in singles.items():

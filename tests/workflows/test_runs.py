@@ -13,6 +13,8 @@ from tests.workflows.conftest import CAT, DOG, STEMS, picture, report, twin
 
 COMPARISON = "3_compare_base_lora_unguide"
 COLUMNS = ("1: base", "2: LoRA only", "3: UnGuide")
+# fewer than the files have, to save time: nothing below depends on it
+STEPS = 10
 # these workflows show a report
 REPORTING = ("1_quick_start", "2_probe_then_sample", COMPARISON)
 
@@ -27,11 +29,11 @@ def decided(entry: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def finished(server: Server) -> dict[tuple[str, str], Run]:
-    """Every workflow as shipped, but for the prompt, run once: entry and graph by stem and prompt."""
+    """Every workflow, with two prompts and fewer steps, run once: entry and graph by stem and prompt."""
     runs = {}
     for stem in STEMS:
         for prompt in (CAT, DOG):
-            graph = twin(stem, prompt=prompt)
+            graph = twin(stem, prompt=prompt, steps=STEPS)
             runs[stem, prompt] = (server.api.run(graph), graph)
     return runs
 
@@ -87,10 +89,9 @@ def test_all_four_workflows_draw_the_same_picture(
 
 
 def test_nothing_is_spent_on_the_adapter_where_nothing_is_found(finished: dict[tuple[str, str], Run]) -> None:
-    steps = 30
     found, nothing = (report(finished["1_quick_start", prompt][0])["unet_evaluations"] for prompt in (CAT, DOG))
-    assert (found["base"], found["adapted"]) == (2 * steps, 2 * steps)
-    assert (nothing["base"], nothing["adapted"]) == (2 * steps, 0)
+    assert (found["base"], found["adapted"]) == (2 * STEPS, 2 * STEPS)
+    assert (nothing["base"], nothing["adapted"]) == (2 * STEPS, 0)
     assert found["probe"] == nothing["probe"] > 0
 
 
