@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
 from dev import cache
 from dev.pip import clean_environment
 from dev.report import DevError, Progress
+from dev.supervise import die_with_parent
 from dev.workspace import PACK, link
 
 CHECKPOINT = "unguide-demo.safetensors"
@@ -46,6 +48,7 @@ def unpack(python: Path, folder: Path, progress: Progress) -> Path:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=die_with_parent(signal.SIGKILL),
     )
     if result.returncode != 0 or not (folder / CHECKPOINT).is_file():
         said = (result.stdout.strip().splitlines() or ["nothing"])[-1]

@@ -27,8 +27,10 @@ with open(sys.argv[1] + ".new", "w") as file:
 os.rename(sys.argv[1] + ".new", sys.argv[1])
 time.sleep(600)
 """
+# a background job of a script starts with Ctrl+C ignored, and these tests may run in one
+HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 # what a test runner or a command does: hold the pipe, and wait
-CALLER = """
+CALLER = f"""{HEED}
 import subprocess, sys, time
 subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)
 time.sleep(600)
@@ -109,18 +111,25 @@ def test_the_exit_status_comes_through() -> None:
         assert supervisor.wait(60) == 7
 
 
+RUNNER = f"""{HEED}
+import os, sys
+from pathlib import Path
+from dev.tools import run_child
+sys.exit(run_child(sys.argv[1:], Path("."), dict(os.environ)))
+"""
+CHILD = f"""{HEED}
+import os, sys, time
+with open(sys.argv[1], "w") as file:
+    file.write(f"{{os.getpid()}}\\n")
+time.sleep(600)
+"""
+
+
 def test_ctrl_c_while_pytest_runs_ends_both(tmp_path: Path) -> None:
     ids = tmp_path / "ids"
-    code = (
-        "import sys, os; from pathlib import Path; from dev.tools import run_child; "
-        "sys.exit(run_child(sys.argv[1:], Path('.'), dict(os.environ)))"
-    )
+    command = [sys.executable, "-c", RUNNER, sys.executable, "-c", CHILD, str(ids)]
     environment = os.environ | {"PYTHONPATH": str(PACK)}
-    child = [sys.executable, "-c", "import os, sys, time; open(sys.argv[1], 'w').write(f'{os.getpid()}\\n'); "
-             "time.sleep(600)", str(ids)]  # fmt: skip
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *child], env=environment, start_new_session=True, stderr=subprocess.DEVNULL
-    ) as parent:
+    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL) as parent:
         wait_for(lambda: ids.exists() and ids.read_text().endswith("\n"))
         os.killpg(parent.pid, signal.SIGINT)
         assert parent.wait(60) == 128 + signal.SIGINT
