@@ -1,7 +1,7 @@
 """How well each statistic tells an erased concept from everything else, measured with the pack in a real ComfyUI.
 
-For each of the demo's ten erasure LoRAs: the concept's name, its synonyms and the concept in scenes shall be found; the nine
-other classes, their synonyms, the scenes and the empty prompt shall not. Run by `python3 dev gate`.
+For each of the demo's ten erasure LoRAs: the concept's name, its synonyms and the concept in scenes shall be found; the
+nine other classes, their synonyms, the scenes and the empty prompt shall not. Run by `python3 dev gate`.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def measure(kind: str, cfg: float, settings: dict[str, Any]) -> Iterator[Score]:
     """Every statistic of every prompt under every concept's gate, in the host."""
     import comfy.samplers
     import torch
-
-    import nodes
     from demo.captions import CLASSES
 
-    gating, probing = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.probing")
+    import nodes
+
+    gating, looking = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.looking")
     load = pack_module("unguide_comfy.erasure").load_erasure_lora
     model, clip, _ = nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
 
@@ -81,7 +81,7 @@ def measure(kind: str, cfg: float, settings: dict[str, Any]) -> Iterator[Score]:
 
         stack = [loras[concept] for concept in kinds]
         latent = torch.zeros(1, 4, 8, 8)
-        decisions, _, _ = gating.probe_prompt(model, stack, probing.ProbeSettings(**settings), guider, latent)
+        decisions, _, _ = gating.probe_prompt(model, stack, looking.ProbeSettings(**settings), guider, latent)
         for concept, decision in zip(kinds, decisions, strict=True):
             for found in decision.statistics:
                 yield Score(concept, prompt, kinds[concept], found.name, found.score, found.threshold, found.detected)

@@ -5,10 +5,19 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..unguide_comfy.erasure import ErasureLora
-from ..unguide_comfy.gating import MODES, PROBE, Gate, guided
-from ..unguide_comfy.probing import ProbeSettings
+from ..unguide_comfy.gating import CONTINUE, Gate, guided
+from ..unguide_comfy.looking import ProbeSettings
 from ..unguide_core.probe import Decision
-from .wires import DecisionWire, erasure_lora_input, neutral_input, probe_inputs, schema, weight_inputs
+from .wires import (
+    DecisionWire,
+    erasure_lora_input,
+    gate_mode_input,
+    neutral_input,
+    on_detection_input,
+    probe_inputs,
+    schema,
+    weight_inputs,
+)
 
 
 class UnGuideModel(io.ComfyNode):
@@ -27,12 +36,7 @@ class UnGuideModel(io.ComfyNode):
                     "model", tooltip="The base model, without the erasure LoRA. Other LoRAs and patches may be on it."
                 ),
                 erasure_lora_input(),
-                io.Combo.Input(
-                    "gate_mode",
-                    options=list(MODES),
-                    default=PROBE,
-                    tooltip="probe: decides per prompt, before the first step. fixed: always uses weight_detected.",
-                ),
+                gate_mode_input(),
                 *weight_inputs(),
                 neutral_input(),
                 DecisionWire.Input(
@@ -41,6 +45,7 @@ class UnGuideModel(io.ComfyNode):
                     tooltip="A decision from Stability Probe for this model and erasure LoRA, used instead of a probe.",
                 ),
                 *probe_inputs(),
+                on_detection_input(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model, for any sampler node.")],
         )
@@ -55,10 +60,11 @@ class UnGuideModel(io.ComfyNode):
         weight_otherwise: float,
         neutral: Any = None,
         decision: tuple[Decision, ...] | None = None,
+        on_detection: str = CONTINUE,
         **probe: Any,
     ) -> io.NodeOutput:
         settings = ProbeSettings(weight_detected=weight_detected, weight_otherwise=weight_otherwise, **probe)
-        return io.NodeOutput(guided(model, erasure_lora, Gate(gate_mode, settings, neutral), decision))
+        return io.NodeOutput(guided(model, erasure_lora, Gate(gate_mode, settings, neutral, on_detection), decision))
 
 
 NODES = [UnGuideModel]

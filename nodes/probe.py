@@ -7,8 +7,8 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..unguide_comfy.erasure import ErasureLora
-from ..unguide_comfy.gating import probe_prompt
-from ..unguide_comfy.probing import ProbeSettings
+from ..unguide_comfy.gating import leading, probe_prompt
+from ..unguide_comfy.looking import ProbeSettings
 from ..unguide_comfy.reporting import report_json, report_plot
 from .wires import DecisionWire, erasure_lora_input, neutral_input, probe_inputs, schema, weight_inputs
 
@@ -86,9 +86,9 @@ class StabilityProbe(io.ComfyNode):
 
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         decisions, _, report = probe_prompt(model, erasure_lora, settings, guider, latent, neutral)
-        leading = max(decisions, key=lambda decision: (decision.detected, decision.score))
+        first = leading(decisions)
         return io.NodeOutput(
-            tuple(decisions), leading.weight, leading.score, leading.detected, report_plot(report), report_json(report)
+            tuple(decisions), first.weight, first.score, first.detected, report_plot(report), report_json(report)
         )
 
 

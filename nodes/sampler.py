@@ -8,10 +8,18 @@ from comfy_api.latest import io
 import nodes as host_nodes
 
 from ..unguide_comfy.erasure import ErasureLora
-from ..unguide_comfy.gating import MODES, PROBE, Gate, RunReport, guided
-from ..unguide_comfy.probing import ProbeSettings
+from ..unguide_comfy.gating import CONTINUE, Gate, RunReport, guided
+from ..unguide_comfy.looking import ProbeSettings
 from ..unguide_comfy.reporting import report_json, report_plot
-from .wires import erasure_lora_input, neutral_input, probe_inputs, schema, weight_inputs
+from .wires import (
+    erasure_lora_input,
+    gate_mode_input,
+    neutral_input,
+    on_detection_input,
+    probe_inputs,
+    schema,
+    weight_inputs,
+)
 
 
 class UnGuideSampler(io.ComfyNode):
@@ -67,14 +75,10 @@ class UnGuideSampler(io.ComfyNode):
                 ),
                 erasure_lora_input(),
                 neutral_input(),
-                io.Combo.Input(
-                    "gate_mode",
-                    options=list(MODES),
-                    default=PROBE,
-                    tooltip="probe: decides per prompt, before the first step. fixed: always uses weight_detected.",
-                ),
+                gate_mode_input(),
                 *weight_inputs(),
                 *probe_inputs(),
+                on_detection_input(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The denoised latent."),
@@ -101,11 +105,12 @@ class UnGuideSampler(io.ComfyNode):
         weight_detected: float,
         weight_otherwise: float,
         neutral: Any = None,
+        on_detection: str = CONTINUE,
         **probe: Any,
     ) -> io.NodeOutput:
         settings = ProbeSettings(weight_detected=weight_detected, weight_otherwise=weight_otherwise, **probe)
         reports: list[RunReport] = []
-        patched = guided(model, erasure_lora, Gate(gate_mode, settings, neutral), observer=reports.append)
+        patched = guided(model, erasure_lora, Gate(gate_mode, settings, neutral, on_detection), observer=reports.append)
         (latent,) = host_nodes.common_ksampler(  # type: ignore[attr-defined]
             patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )

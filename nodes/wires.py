@@ -5,7 +5,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..unguide_comfy.probing import AUTO, ProbeSettings
+from ..unguide_comfy.gating import CONTINUE, MODES, ON_DETECTION, PROBE
+from ..unguide_comfy.looking import AUTO, ProbeSettings
 from ..unguide_core.probe import STATISTICS
 
 CATEGORY = "UnGuide"
@@ -43,6 +44,27 @@ def neutral_input() -> Any:
         optional=True,
         tooltip="The neutral prompt that the probe compares with: an encoded empty prompt (not ConditioningZeroOut). "
         "Not needed when Load Erasure LoRA has a CLIP.",
+    )
+
+
+def gate_mode_input() -> Any:
+    return io.Combo.Input(
+        "gate_mode",
+        options=list(MODES),
+        default=PROBE,
+        tooltip="probe: decides per prompt, before the first step. trajectory: looks at the picture's own first steps "
+        "and decides for each picture of a batch; nearly free. fixed: always uses weight_detected.",
+    )
+
+
+def on_detection_input() -> Any:
+    return advanced(
+        io.Combo,
+        "on_detection",
+        options=list(ON_DETECTION),
+        default=CONTINUE,
+        tooltip="In the gate mode 'trajectory', when the concept is found: continue erasing from the next step on, or "
+        "restart the picture from the first step.",
     )
 
 

@@ -17,7 +17,7 @@ import comfy.model_management
 import torch
 
 from ..unguide_core.adapter import LowRank
-from ..unguide_core.guidance import blend_many
+from ..unguide_core.guidance import blend, blend_many
 from .injection import NotBatchable, adapted_rows
 
 RUN = "unguide_run"
@@ -33,12 +33,15 @@ class Run:
         layers: for each adapter {module path: LowRank}, as matched with the model.
         weights: for each adapter the base model's weight in the blend, one number or one per sample, [B].
         evaluated: rows that the network has computed, by kind ("base", "adapted").
+        batchable: whether base and adapted rows may share a forward; found out on the way.
+        watch: what looks at the run while it goes on (`watching.Watch`), None once it has decided.
     """
 
     layers: tuple[Mapping[str, LowRank], ...]
     weights: list[Weight] = field(default_factory=list)
     evaluated: dict[str, int] = field(default_factory=lambda: {"base": 0, "adapted": 0})
     batchable: bool = True
+    watch: Any = None
     _modules: dict[int, dict[str, torch.nn.Module]] = field(default_factory=dict, repr=False)
     _cast: dict[tuple[int, torch.device, torch.dtype], Mapping[str, LowRank]] = field(default_factory=dict, repr=False)
 
@@ -104,15 +107,17 @@ def blended_prediction(
         )
     active = run.active()
     if not active:
-        run.evaluated["base"] += x.shape[0]
+        run.evaluated["base"] += call.rows
         return call.plain()
-    if len(active) == 1 and _is(run.weights[active[0]], 0.0):
-        run.evaluated["adapted"] += x.shape[0]
+    if any(isinstance(run.weights[i], torch.Tensor) for i in active):
+        return _blended_by_sample(call, run, active)
+    if len(active) == 1 and run.weights[active[0]] == 0.0:
+        run.evaluated["adapted"] += call.rows
         return call.adapted(run, active[0])
-    run.evaluated["base"] += x.shape[0]
-    run.evaluated["adapted"] += x.shape[0] * len(active)
+    run.evaluated["base"] += call.rows
+    run.evaluated["adapted"] += call.rows * len(active)
     base, *adapted = _predictions(call, run, active)
-    return blend_many(base, adapted, [_per_row(run.weights[i], x.shape[0]) for i in active])
+    return blend_many(base, adapted, [run.weights[i] for i in active])
 
 
 def _predictions(call: Call, run: Run, active: Sequence[int]) -> Sequence[torch.Tensor]:
@@ -123,6 +128,24 @@ def _predictions(call: Call, run: Run, active: Sequence[int]) -> Sequence[torch.
         except NotBatchable:
             run.batchable = False
     return [call.plain(), *(call.adapted(run, i) for i in active)]
+
+
+def _blended_by_sample(call: Call, run: Run, active: Sequence[int]) -> torch.Tensor:
+    """The blend where samples differ in weight: an adapter computes only the samples that it acts on.
+
+    The base model's forward is the one of a run without UnGuide, so that samples of weight 1 are its own, bit for bit.
+    """
+    run.evaluated["base"] += call.rows
+    blended = call.plain().clone()
+    base = blended.clone()
+    for i in active:
+        weights = torch.as_tensor(run.weights[i]).to(base).expand(call.samples)
+        rows = (weights != 1.0).repeat(call.rows // call.samples).nonzero().flatten()
+        run.evaluated["adapted"] += len(rows)
+        part = call.only(rows)
+        row_weights = weights.repeat(call.rows // call.samples)[rows]
+        blended[rows] += blend(base[rows], part.adapted(run, i), row_weights) - base[rows]
+    return blended
 
 
 @dataclass(frozen=True)
@@ -139,6 +162,11 @@ class Call:
     @property
     def rows(self) -> int:
         return self.latent[0].shape[0]
+
+    @property
+    def samples(self) -> int:
+        """Size of the latent batch: the host stacks one batch per conditioning."""
+        return self.rows // len(self.options.get("cond_or_uncond", (0,)))
 
     @property
     def model(self) -> Any:
@@ -162,9 +190,10 @@ class Call:
     def batched(self, run: Run, active: Sequence[int]) -> Sequence[torch.Tensor]:
         """One forward of the rows repeated: as they are, then once for each active adapter."""
         copies = 1 + len(active)
+        index = torch.arange(self.rows, device=self.latent[0].device).repeat(copies)
 
         def again(value: Any) -> Any:
-            return _repeated(value, self.rows, copies)
+            return _rows_of(value, self.rows, index)
 
         uuids = self.options.get("uuids")
         options = dict(self.options)
@@ -182,6 +211,21 @@ class Call:
             )
         return out.chunk(copies)
 
+    def only(self, rows: torch.Tensor) -> Call:
+        """The call for some of its rows: the same samples of every conditioning."""
+
+        def chosen(value: Any) -> Any:
+            return _rows_of(value, self.rows, rows)
+
+        return Call(
+            self.executor,
+            chosen(self.latent),
+            chosen(self.conditioning),
+            chosen(self.control),
+            self.options,
+            chosen(self.extra),
+        )
+
     def fits(self, copies: int) -> bool:
         """Whether a forward of `copies` times the rows fits, by the host's own estimate and margin."""
         shape = [self.rows * copies, *self.latent[0].shape[1:]]
@@ -191,11 +235,6 @@ class Call:
 
 def _is(weight: Weight, value: float) -> bool:
     return bool((weight == value).all()) if isinstance(weight, torch.Tensor) else weight == value
-
-
-def _per_row(weight: Weight, rows: int) -> Weight:
-    """One weight per sample, [B], repeated for the rows of every conditioning: the host stacks whole batches."""
-    return weight.repeat(rows // weight.shape[0]) if isinstance(weight, torch.Tensor) else weight
 
 
 def _derived(uuids: Sequence[uuid.UUID] | None, index: int) -> list[uuid.UUID] | None:
@@ -210,16 +249,16 @@ def _copied(value: Any) -> Any:
     return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
-def _repeated(value: Any, rows: int, copies: int) -> Any:
-    """Every tensor of `rows` rows in a structure repeated, other values as they are; containers are copied."""
+def _rows_of(value: Any, rows: int, index: torch.Tensor) -> Any:
+    """Every tensor of `rows` rows in a structure indexed by row, other values as they are; containers are copied."""
     if isinstance(value, torch.Tensor):
         if value.ndim == 0 or (value.shape[0] == 1 and rows != 1):
             return value
         if value.shape[0] != rows:
             raise NotBatchable(f"a conditioning has {value.shape[0]} rows, and the batch has {rows}")
-        return torch.cat([value] * copies)
+        return value[index.to(value.device)]
     if isinstance(value, dict):
-        return {key: _repeated(item, rows, copies) for key, item in value.items()}
+        return {key: _rows_of(item, rows, index) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_repeated(item, rows, copies) for item in value)
+        return type(value)(_rows_of(item, rows, index) for item in value)
     return value

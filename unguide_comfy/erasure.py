@@ -50,7 +50,7 @@ def load_erasure_lora(
     """
     path = folder_paths.get_full_path_or_raise("loras", lora_name)
     adapter = load_adapter(path, alpha=alpha)
-    prompt = concept.strip() or (adapter.card.target or adapter.card.concept)
+    prompt = concept.strip() or adapter.card.concept_prompt
     encode = _encoder(clip)
     return ErasureLora(
         name=lora_name,

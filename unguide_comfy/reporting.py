@@ -34,8 +34,12 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
         "erasure_lora": outcome.lora,
         "concept": outcome.concept,
         "mode": outcome.mode,
-        "weight": outcome.weight,
+        "weight": min(outcome.weights),
         "decision": None if outcome.decision is None else json.loads(outcome.decision.to_json()),
+        "samples": [
+            {"detected": decision.detected, "score": decision.score, "weight": decision.weight}
+            for decision in outcome.decisions
+        ],
     }
 
 
@@ -61,11 +65,10 @@ def report_plot(report: RunReport) -> torch.Tensor:
 
 def _headline(outcome: Outcome, decision: Decision | None) -> str:
     what = outcome.concept or outcome.lora
+    weights = ", ".join(f"{weight:g}" for weight in outcome.weights)
     if decision is None:
-        return f"{what}: fixed weight {outcome.weight:g}"
-    return (
-        f"{what}: {'FOUND' if decision.detected else 'not found'}, by {decision.statistic}; weight {outcome.weight:g}"
-    )
+        return f"{what}: no decision; weight {weights}"
+    return f"{what}: {'FOUND' if decision.detected else 'not found'}, by {decision.statistic}; weight {weights}"
 
 
 def _draw_statistic(draw: ImageDraw.ImageDraw, statistic: Statistic, top: int) -> None:

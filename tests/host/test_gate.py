@@ -18,7 +18,7 @@ CONCEPT, SYNONYMS = "a photo of the cat", ("a photo of the kitty", "a photo of t
 UNRELATED = ("a photo of the dog", "a photo of the ship", "a photo of the forest", "")
 STEPS = 4
 
-gating, probing = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.probing")
+gating, looking = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.looking")
 
 
 def latent(batch: int = 1) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def ksampler(
 
 
 def gated(demo: Demo, lora: Any, reports: list[Any] | None = None, **settings: Any) -> Any:
-    gate = gating.Gate(gating.PROBE, probing.ProbeSettings(**settings))
+    gate = gating.Gate(gating.PROBE, looking.ProbeSettings(**settings))
     return gating.guided(demo.model, (lora,), gate, observer=None if reports is None else reports.append)
 
 
@@ -181,7 +181,7 @@ def test_the_node_reports_every_statistic(demo, demo_lora):
 def test_a_decision_is_used_instead_of_a_probe(demo, demo_lora):
     decisions = probe_node(demo, (demo_lora,), CONCEPT)[0]
     reports: list[Any] = []
-    gate = gating.Gate(gating.PROBE, probing.ProbeSettings())
+    gate = gating.Gate(gating.PROBE, looking.ProbeSettings())
     model = gating.guided(demo.model, (demo_lora,), gate, decisions, observer=reports.append)
     given = ksampler(model, demo.encode(CONCEPT), demo.encode(""))
     assert reports[0].evaluations["probe"] == 0
@@ -226,7 +226,7 @@ def test_evaluations_are_counted(prompt, adapted, demo, demo_lora):
     reports: list[Any] = []
     ksampler(gated(demo, demo_lora, reports, repeats=2, probe_steps=2), demo.encode(prompt), demo.encode(""))
     # per noise seed: two steps of two conditionings, then the prompt, the neutral prompt and the concept's
-    assert reports[0].evaluations == {"base": 2 * STEPS, "adapted": adapted, "probe": 2 * (2 * 2 + 3)}
+    assert reports[0].evaluations == {"base": 2 * STEPS, "adapted": adapted, "probe": 2 * (2 * 2 + 3), "wasted": 0}
 
 
 def test_the_sampler_node_reports_its_run(demo, demo_lora):
@@ -247,3 +247,86 @@ def test_the_sampler_node_reports_its_run(demo, demo_lora):
     assert torch.equal(out["samples"], ksampler(demo.model, demo.encode(UNRELATED[0]), demo.encode("")))
     assert json.loads(report)["erasure"][0]["weight"] == 1.0
     assert plot.shape[0] == 1
+
+
+# the trajectory as the probe
+
+
+def watched(demo: Demo, lora: Any, reports: list[Any] | None = None, on_detection: str = "continue", **settings: Any):
+    gate = gating.Gate(gating.TRAJECTORY, looking.ProbeSettings(**settings), None, on_detection)
+    loras = lora if isinstance(lora, tuple) else (lora,)
+    return gating.guided(demo.model, loras, gate, observer=None if reports is None else reports.append)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde", "heun", "euler_cfg_pp"])
+def test_a_watched_unrelated_picture_is_the_base_models_bit_for_bit(sampler, batch, demo, demo_lora):
+    positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
+    expected = ksampler(demo.model, positive, negative, batch, sampler)
+    reports: list[Any] = []
+    assert torch.equal(ksampler(watched(demo, demo_lora, reports), positive, negative, batch, sampler), expected)
+    assert reports[0].evaluations["adapted"] == 0
+    assert [len(outcome.decisions) for outcome in reports[0].outcomes] == [batch]
+
+
+def test_watching_an_unrelated_picture_costs_one_evaluation(demo, demo_lora):
+    reports: list[Any] = []
+    ksampler(watched(demo, demo_lora, reports), demo.encode(UNRELATED[0]), demo.encode(""))
+    assert reports[0].evaluations == {"base": 2 * STEPS, "adapted": 0, "probe": 1, "wasted": 0}
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
+def test_restarting_gives_the_picture_that_is_erased_from_the_start(sampler, demo, demo_lora):
+    positive, negative = demo.encode(CONCEPT), demo.encode("")
+    reports: list[Any] = []
+    found = ksampler(watched(demo, demo_lora, reports, "restart"), positive, negative, sampler=sampler)
+    fixed = gating.Gate(gating.FIXED, looking.ProbeSettings(weight_detected=-1.0))
+    assert torch.equal(
+        found, ksampler(gating.guided(demo.model, (demo_lora,), fixed), positive, negative, sampler=sampler)
+    )
+    assert reports[0].evaluations["wasted"] > 0
+    assert reports[0].evaluations["adapted"] == 2 * STEPS
+
+
+def test_continuing_erases_from_the_next_step_on(demo, demo_lora):
+    reports: list[Any] = []
+    base = ksampler(demo.model, demo.encode(CONCEPT), demo.encode(""))
+    erased = ksampler(watched(demo, demo_lora, reports), demo.encode(CONCEPT), demo.encode(""))
+    assert (erased - base).norm() > 0.1 * base.norm()
+    evaluations = reports[0].evaluations
+    assert evaluations["wasted"] == 0
+    assert 0 < evaluations["adapted"] < 2 * STEPS
+
+
+def test_samples_of_a_batch_are_decided_one_by_one(demo, demo_lora):
+    """A batch of two prompts: the cat is erased, the dog beside it is the base model's, bit for bit."""
+    ((cat, options),), ((dog, _),) = demo.encode(CONCEPT), demo.encode(UNRELATED[0])
+    positive = [[torch.cat([cat, dog]), {**options, "pooled_output": None}]]
+    negative = demo.encode("")
+    reports: list[Any] = []
+    found = ksampler(watched(demo, demo_lora, reports), positive, negative, batch=2)
+    base = ksampler(demo.model, positive, negative, batch=2)
+    assert [decision.detected for decision in reports[0].outcomes[0].decisions] == [True, False]
+    assert torch.equal(found[1], base[1])
+    assert not torch.equal(found[0], base[0])
+
+
+def test_a_partial_schedule_is_watched_from_its_first_step(demo, demo_lora):
+    reports: list[Any] = []
+    noise = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))}
+    host.common_ksampler(
+        watched(demo, demo_lora, reports), 3, STEPS, 4.0, "euler", "normal", demo.encode(CONCEPT), demo.encode(""),
+        noise, denoise=0.5,
+    )  # fmt: skip
+    assert len(reports[0].outcomes[0].decisions) == 1
+
+
+def test_a_run_that_ends_before_the_decision_says_so(demo, demo_lora):
+    reports: list[Any] = []
+    model = watched(demo, demo_lora, reports)
+    node = host.KSamplerAdvanced()
+    node.sample(
+        model, "enable", 3, 40, 4.0, "euler", "normal", demo.encode(CONCEPT), demo.encode(""), latent(), 0, 2, "enable"
+    )
+    assert reports[0].outcomes[0].decisions == ()
+    assert "no decision" in gating.summary(reports[0].outcomes[0])

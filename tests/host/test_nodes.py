@@ -34,7 +34,7 @@ def test_every_node_input_and_output_explains_itself(schemas):
 
 
 def test_widgets_start_from_the_settings_defaults(schemas):
-    settings = pack_module("unguide_comfy.probing").ProbeSettings()
+    settings = pack_module("unguide_comfy.looking").ProbeSettings()
     names = {field.name for field in dataclasses.fields(settings)}
     for schema in schemas.values():
         widgets = {part.id: part.default for part in schema.inputs if part.id in names and part.id != "seed"}

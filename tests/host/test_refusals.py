@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tests.conftest import pack_module
 from tests.host.conftest import Demo
 
-erasure, gating, probing = (pack_module(f"unguide_comfy.{name}") for name in ("erasure", "gating", "probing"))
+erasure, gating, looking = (pack_module(f"unguide_comfy.{name}") for name in ("erasure", "gating", "looking"))
 AdapterError = pack_module("unguide_core.formats").AdapterError
 LAYER = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
 
@@ -92,7 +92,7 @@ def sampled(demo: Demo, model: Any, guider: Any) -> Any:
 def test_a_statistic_without_what_it_needs(demo, demo_lora):
     bare = dataclasses.replace(demo_lora, concept=None, neutral=None)
     for statistic, missing in (("alignment", "the concept's own prompt"), ("paper", "a neutral prompt")):
-        gate = gating.Gate(gating.PROBE, probing.ProbeSettings(statistic=statistic))
+        gate = gating.Gate(gating.PROBE, looking.ProbeSettings(statistic=statistic))
         model = gating.guided(demo.model, (bare,), gate)
         guider = custom.BasicGuider.execute(model, demo.encode("a photo of the dog"))[0]
         with pytest.raises(ValueError, match=rf"{statistic}.*cat.safetensors.*needs {missing}.*connect"):
@@ -127,4 +127,4 @@ def test_a_model_that_predicts_nan(demo, demo_lora):
 )
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
-        probing.ProbeSettings(**settings)
+        looking.ProbeSettings(**settings)

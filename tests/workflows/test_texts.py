@@ -75,7 +75,7 @@ def test_every_node_has_a_help_page_that_names_each_of_its_slots(server: Server,
         assert sorted(named) == sorted([*slots, *modes]), node
 
 
-@pytest.mark.parametrize("mode", ["probe", "fixed"])
+@pytest.mark.parametrize("mode", ["probe", "trajectory", "fixed"])
 def test_the_help_pages_explain_every_gate_mode(our_nodes: dict[str, Any], mode: str) -> None:
     assert mode in our_nodes["UnGuideModel"]["input"]["required"]["gate_mode"][1]["options"]
     for node in ("UnGuideModel", "UnGuideSampler"):
