@@ -33,6 +33,7 @@ UNRELATED = ("dog", "ship", "frog", "horse")
 SCENE = "beach"
 # which input of which node is the picture's seed; the probe has one of its own, which stays
 SEEDS = {"KSampler": "seed", "UnGuideSampler": "seed", "RandomNoise": "noise_seed", "PrimitiveInt": "value"}
+REPORTED = ("prompt", "column", "detected", "weight", "score", "unet_evaluations", "seconds", "class_probabilities")
 ERASED, KEPT, FREE = "erased", "kept", "free"
 SUBTITLE = (
     "One model, one seed, three ways: the base model, the erasure LoRA by itself, and the LoRA behind UnGuide's gate."
@@ -76,7 +77,7 @@ class Picture:
 
     def entry(self) -> dict[str, Any]:
         """The report's entry."""
-        return {name: value for name, value in asdict(self).items() if name != "png"}
+        return {name: getattr(self, name) for name in REPORTED}
 
 
 def rows_for(concept: str, extra: list[str]) -> list[Row]:
