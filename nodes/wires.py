@@ -100,7 +100,8 @@ def probe_inputs() -> list[Any]:
             default=DEFAULTS.statistic,
             tooltip="What decides. alignment: does the prompt pull the picture where the concept's own prompt pulls "
             "it. influence: the LoRA's effect on the prompt relative to its effect on the concept. paper: its effect "
-            "against that on the neutral prompt. auto: the first of these that the inputs allow.",
+            "against that on the neutral prompt. auto: alignment or influence, whichever finds it, as far as inputs "
+            "and card allow.",
         ),
         advanced(
             io.Float,
@@ -109,8 +110,8 @@ def probe_inputs() -> list[Any]:
             min=0.0,
             max=100.0,
             step=0.01,
-            tooltip="Score from which on the concept counts as found. 0 takes the statistic's own default, which was "
-            "measured over ten concepts.",
+            tooltip="Score from which on the concept counts as found. 0 takes the LoRA card's own, or the statistic's "
+            "default, which was measured over ten concepts.",
         ),
         advanced(
             io.Int,

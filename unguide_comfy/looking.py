@@ -49,8 +49,9 @@ class ProbeSettings:
     """How the probe looks and decides.
 
     Args:
-        statistic: "alignment", "influence", "paper", or "auto": the first of them that the inputs allow.
-        threshold: score at or above which the concept counts as detected; 0 takes the statistic's default.
+        statistic: "alignment", "influence", "paper", or "auto": the first of them that the inputs allow; and besides
+            alignment also influence, where the adapter's card has a threshold that was measured for it.
+        threshold: score at or above which the concept counts as detected; 0 takes the card's or the statistic's own.
         repeats: noise seeds, evaluated as one latent batch.
         probe_steps: denoising steps before the statistics are taken.
         schedule_steps: steps of the whole schedule that these are the first of.
@@ -77,10 +78,6 @@ class ProbeSettings:
                 f"probe_steps is {self.probe_steps} of {self.schedule_steps} schedule_steps; expected at least 1 and "
                 "fewer than the schedule has"
             )
-
-    def threshold_of(self, statistic: str) -> float:
-        """The score at or above which a statistic detects."""
-        return self.threshold or DEFAULT_THRESHOLDS[statistic]
 
 
 @dataclass(frozen=True)
@@ -201,19 +198,25 @@ class Look:
         """
         deciding, reason = self._deciding(lora)
         available = [name for name in STATISTICS if self.missing(name, lora) is None]
-        names = [deciding, *(name for name in available if everything and name != deciding)]
-        return self._decision([self._measure(name, index, lora) for name in names], lora, reason)
+        others = [name for name in available if everything and name not in deciding]
+        measured = {name: self._measure(name, index, lora) for name in (*deciding, *others)}
+        found = self._statistics([measured[name] for name in deciding], lora)
+        beside = self._statistics([measured[name] for name in others], lora)
+        return self._decision([*_detecting_first(found), *beside], lora, reason)
 
     def decide_each(self, index: int, lora: ErasureLora) -> tuple[Decision, ...]:
         """The same for every sample of the batch by itself."""
         deciding, reason = self._deciding(lora)
-        measured = [self._measure(deciding, index, lora)]
-        return tuple(self._decision(measured, lora, reason, sample) for sample in range(len(self.latent)))
+        measured = [self._measure(name, index, lora) for name in deciding]
+        by_sample = [self._statistics(measured, lora, sample) for sample in range(len(self.latent))]
+        return tuple(self._decision(_detecting_first(statistics), lora, reason) for statistics in by_sample)
 
-    def _decision(
-        self, measured: Sequence[Measured], lora: ErasureLora, reason: str, sample: int | None = None
-    ) -> Decision:
-        statistics = [one.statistic(self.settings.threshold_of(one.name), sample) for one in measured]
+    def _statistics(
+        self, measured: Sequence[Measured], lora: ErasureLora, sample: int | None = None
+    ) -> list[Statistic]:
+        return [one.statistic(self._threshold(one.name, lora), sample) for one in measured]
+
+    def _decision(self, statistics: Sequence[Statistic], lora: ErasureLora, reason: str) -> Decision:
         weights = (self.settings.weight_detected, self.settings.weight_otherwise)
         return decide_by(statistics, *weights, reason=reason, adapter_key=lora.key)
 
@@ -236,9 +239,9 @@ class Look:
 
     def _concept_influence(self, index: int, lora: ErasureLora) -> torch.Tensor:
         """The adapter's influence on its own concept: the card's where it fits, else measured."""
-        calibrated = self._calibrated(lora)
-        if calibrated is not None:
-            return torch.tensor([calibrated])
+        calibration = self._calibration(lora)
+        if calibration:
+            return torch.tensor([float(calibration["mean"])])
         assert lora.concept is not None
         return self.influence_on(index, self._retargeted(self.context.prompt[0], lora.concept))
 
@@ -313,17 +316,22 @@ class Look:
     def _neutral(self, lora: ErasureLora) -> Conditioning | None:
         return self.neutral_override if self.neutral_override is not None else lora.neutral
 
-    def _calibrated(self, lora: ErasureLora) -> float | None:
-        """The card's influence of the concept's own prompt, where it holds for this latent and noise level."""
+    def _calibration(self, lora: ErasureLora) -> Mapping[str, Any]:
+        """The card's calibration, where it holds for this strength, latent and noise level; else empty."""
         card = lora.adapter.card.calibration
         same = (
             lora.strength == 1.0
             and list(card.get("latent", ())) == list(self.latent.shape[1:])
             and abs(float(card.get("sigma", 0.0)) / self.sigma - 1.0) < 0.01
         )
-        return float(card["mean"]) if same and "mean" in card else None
+        return card if same and "mean" in card else {}
 
     # which statistic
+
+    def _threshold(self, statistic: str, lora: ErasureLora) -> float:
+        """The settings' threshold, else the one measured for this adapter's influence, else the statistic's default."""
+        measured = self._calibration(lora).get("threshold") if statistic == "influence" else None
+        return self.settings.threshold or measured or DEFAULT_THRESHOLDS[statistic]
 
     def missing(self, statistic: str, lora: ErasureLora) -> str | None:
         """What a statistic lacks, as words for a person; None if it can be taken."""
@@ -336,7 +344,7 @@ class Look:
                 return (
                     "the neutral (empty) prompt: connect a CLIP to Load Erasure LoRA, or an encoded empty prompt here"
                 )
-        if statistic == "influence" and lora.concept is None and self._calibrated(lora) is None:
+        if statistic == "influence" and lora.concept is None and not self._calibration(lora):
             return (
                 f"the adapter's influence on its own concept, at latent {list(self.latent.shape[1:])} and sigma "
                 f"{self.sigma:.3f}: the card has none that fits; connect a CLIP to Load Erasure LoRA"
@@ -345,25 +353,33 @@ class Look:
             return "a neutral prompt: connect an encoded empty prompt as 'neutral', or a CLIP to Load Erasure LoRA"
         return None
 
-    def _deciding(self, lora: ErasureLora) -> tuple[str, str]:
-        """The deciding statistic's name, and why it is that one."""
+    def _deciding(self, lora: ErasureLora) -> tuple[list[str], str]:
+        """The statistics of which one that detects suffices, and why it is these."""
         asked = self.settings.statistic
         if asked != AUTO:
             lacking = self.missing(asked, lora)
             if lacking:
                 raise ValueError(f"the statistic {asked!r} of erasure LoRA {lora.name!r} needs {lacking}")
-            return asked, self._reason(asked, lora, "as chosen")
-        for name in STATISTICS:
-            if self.missing(name, lora) is None:
-                return name, self._reason(name, lora, "the best that the inputs allow")
-        raise ValueError(f"no gate for erasure LoRA {lora.name!r}: it needs {self.missing('paper', lora)}")
+            return [asked], self._reason([asked], lora, "as chosen")
+        available = [name for name in STATISTICS if self.missing(name, lora) is None]
+        if not available:
+            raise ValueError(f"no gate for erasure LoRA {lora.name!r}: it needs {self.missing('paper', lora)}")
+        names = available[:1]
+        if names == ["alignment"] and "threshold" in self._calibration(lora):
+            names.append("influence")
+        return names, self._reason(names, lora, "the best that the inputs allow")
 
-    def _reason(self, statistic: str, lora: ErasureLora, why: str) -> str:
-        reason = f"{statistic}, {why}"
-        if statistic == "paper" and self._neutral(lora) is None:
+    def _reason(self, names: Sequence[str], lora: ErasureLora, why: str) -> str:
+        reason = f"{' or '.join(names)}, {why}"
+        if "paper" in names and self._neutral(lora) is None:
             reason += "; the negative prompt stood in for the neutral one"
             log.warning("UnGuide: %s has no neutral prompt; the negative prompt stands in for it", lora.name)
         return reason
+
+
+def _detecting_first(statistics: Sequence[Statistic]) -> list[Statistic]:
+    """Statistics of which one that detects suffices, so that the first one decides."""
+    return sorted(statistics, key=lambda statistic: not statistic.detected)
 
 
 def everywhere(entry: Entry) -> Entry:

@@ -165,7 +165,8 @@ class Card:
     source_format: the format the adapter first came in ("official", "kohya", "generic").
     settings: of the training, any JSON object.
     calibration: the influence on the concept's own prompt at the probe, "mean", "std" and "repeats", and the settings
-        it holds for, such as "latent" ([4, 8, 8]), "steps", "step", "sigma", "cfg", "scheduler"; empty if not measured.
+        it holds for, such as "latent" ([4, 8, 8]), "steps", "step", "sigma", "cfg", "scheduler"; "threshold", where
+        other prompts' influence was measured too and lies below it. Empty if not measured.
     author, licence: text.
     extra: metadata that this version does not know, `unguide.` or not; survives unchanged.
     """

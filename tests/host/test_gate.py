@@ -55,6 +55,24 @@ def test_the_concept_and_its_synonyms_are_found(prompt, demo, demo_lora):
     assert decision_for(demo, demo_lora, demo.encode(prompt)).detected
 
 
+def test_the_concept_in_a_scene_is_found_by_its_influence(demo, demo_lora):
+    for prompt in ("a cat in the forest", "a cat on the beach"):
+        decision = decision_for(demo, demo_lora, demo.encode(prompt))
+        assert decision.detected
+        assert decision.statistic == "influence"
+
+
+def test_either_statistic_suffices(demo, demo_lora):
+    decision = decision_for(demo, demo_lora, demo.encode(CONCEPT))
+    assert {statistic.name for statistic in decision.statistics} == {"alignment", "influence"}
+    assert "alignment or influence" in decision.reason
+
+
+def test_a_card_without_a_threshold_leaves_influence_out(demo, demo_lora):
+    decision = decision_for(demo, without_calibration(demo_lora), demo.encode(CONCEPT))
+    assert [statistic.name for statistic in decision.statistics] == ["alignment"]
+
+
 @pytest.mark.parametrize("prompt", UNRELATED)
 def test_other_prompts_are_not(prompt, demo, demo_lora):
     assert not decision_for(demo, demo_lora, demo.encode(prompt)).detected
@@ -164,7 +182,7 @@ def test_a_calibration_for_another_size_is_not_used(demo, demo_lora):
 
 def test_the_node_reports_every_statistic(demo, demo_lora):
     decisions, weight, score, detected, plot, report = probe_node(demo, (demo_lora,), CONCEPT).args
-    assert [statistic.name for statistic in decisions[0].statistics] == ["alignment", "influence", "paper"]
+    assert {statistic.name for statistic in decisions[0].statistics} == {"alignment", "influence", "paper"}
     assert (weight, detected) == (-1.0, True)
     assert score == decisions[0].score
     assert plot.ndim == 4
@@ -225,8 +243,8 @@ def test_a_models_key_survives_loading_and_tells_patches_apart(demo, demo_lora):
 def test_evaluations_are_counted(prompt, adapted, demo, demo_lora):
     reports: list[Any] = []
     ksampler(gated(demo, demo_lora, reports, repeats=2, probe_steps=2), demo.encode(prompt), demo.encode(""))
-    # per noise seed: two steps of two conditionings, then the prompt, the neutral prompt and the concept's
-    assert reports[0].evaluations == {"base": 2 * STEPS, "adapted": adapted, "probe": 2 * (2 * 2 + 3), "wasted": 0}
+    # per noise seed: two steps of two conditionings; the prompt, the neutral prompt and the concept's; the adapted prompt
+    assert reports[0].evaluations == {"base": 2 * STEPS, "adapted": adapted, "probe": 2 * (2 * 2 + 4), "wasted": 0}
 
 
 def test_the_sampler_node_reports_its_run(demo, demo_lora):
@@ -269,10 +287,11 @@ def test_a_watched_unrelated_picture_is_the_base_models_bit_for_bit(sampler, bat
     assert [len(outcome.decisions) for outcome in reports[0].outcomes] == [batch]
 
 
-def test_watching_an_unrelated_picture_costs_one_evaluation(demo, demo_lora):
+@pytest.mark.parametrize(("statistic", "cost"), [("alignment", 1), ("influence", 1), ("auto", 2)])
+def test_watching_an_unrelated_picture_costs_one_evaluation_for_each_statistic(statistic, cost, demo, demo_lora):
     reports: list[Any] = []
-    ksampler(watched(demo, demo_lora, reports), demo.encode(UNRELATED[0]), demo.encode(""))
-    assert reports[0].evaluations == {"base": 2 * STEPS, "adapted": 0, "probe": 1, "wasted": 0}
+    ksampler(watched(demo, demo_lora, reports, statistic=statistic), demo.encode(UNRELATED[0]), demo.encode(""))
+    assert reports[0].evaluations == {"base": 2 * STEPS, "adapted": 0, "probe": cost, "wasted": 0}
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
