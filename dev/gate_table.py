@@ -45,7 +45,7 @@ def prompts(concept: str) -> Iterator[tuple[str, str]]:
             yield f"a photo of the {synonym}", "synonym" if name == concept else "other synonym"
     for scene in SCENES:
         yield f"a photo of the {scene}", "scene"
-    for place in (PLACES["forest"], PLACES["beach"]):
+    for place in (PLACES["forest"], PLACES["snow"]):
         yield f"a {concept} {place}", "in a scene"
     yield "", "empty"
 
