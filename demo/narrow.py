@@ -1,0 +1,178 @@
+"""The narrow demo model at work: prompts to keys and values, predictions, partial and whole denoising.
+
+An erasure adapter of the demo changes nothing but the keys and values that cross-attention takes from the text. So what
+a prompt does under an adapter is a *table*, those keys and values, computed once and looked up at every step; base and
+adapted models, and several adapters, share a batch as rows of one table. It does not know training or pictures.
+
+Latents are in sigma space, x = x0 + sigma * noise, as `unguide_core.trajectory` has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unguide_core.adapter import LowRank
+from unguide_core.guidance import blend, classifier_free
+from unguide_core.trajectory import Denoise, sd_alphas_cumprod, sigma_from_alpha_cumprod
+
+from .seed import SEED_PATH, load_text_encoder, load_unet, load_vae, read_seed
+from .text import TextEncoder, Tokenizer
+from .unet import UNet
+from .vae import Decoder
+
+Layers = Mapping[str, LowRank]
+"""An adapter's changes by module path in the UNet, such as `input_blocks.1.1.transformer_blocks.0.attn2.to_k`."""
+
+Table = dict[str, Tensor]
+"""Keys or values of prompts by module path, each [prompts, 77, channels]."""
+
+LATENT = (4, 8, 8)
+GUIDANCE_SCALE = 4.0
+SCHEDULE_STEPS = 20
+ADAPTED = ("attn2.to_k", "attn2.to_v")
+
+SIGMAS = sigma_from_alpha_cumprod(sd_alphas_cumprod())
+"""The noise level of each timestep, float64 [1000], rising."""
+
+
+def normal_sigmas(steps: int = SCHEDULE_STEPS) -> Tensor:
+    """Returns the noise levels of ComfyUI's scheduler 'normal', [steps + 1], the last one 0.
+
+    Timesteps evenly spaced from 999 to 0, their noise levels interpolated in the logarithm.
+    """
+    times = torch.linspace(len(SIGMAS) - 1, 0, steps, dtype=torch.float64)
+    low, high, part = times.floor().long(), times.ceil().long(), times.frac()
+    levels = (1 - part) * SIGMAS[low].log() + part * SIGMAS[high].log()
+    return torch.cat([levels.exp(), levels.new_zeros(1)])
+
+
+def timestep_of(sigma: Tensor) -> Tensor:
+    """Returns the timesteps whose noise levels are nearest in the logarithm, as ComfyUI finds them; same shape."""
+    return (sigma.double().log()[..., None] - SIGMAS.log()).abs().argmin(-1)
+
+
+class Narrow:
+    """The frozen narrow UNet and its text encoder.
+
+    Args:
+        unet, text, tokenizer, decoder: of the demo model; the decoder is for those who want pictures.
+        base_hash: what names them on an adapter's card.
+    """
+
+    def __init__(self, unet: UNet, text: TextEncoder, tokenizer: Tokenizer, decoder: Decoder, base_hash: str) -> None:
+        self.unet, self.text, self.tokenizer = unet.requires_grad_(False), text.requires_grad_(False), tokenizer
+        self.layers = {name: module for name, module in unet.named_modules() if name.endswith(ADAPTED)}
+        self.decoder, self.base_hash = decoder, base_hash
+        self._states: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Returns the text states of prompts, [prompts, 77, 768]."""
+        for prompt in prompts:
+            if prompt not in self._states:
+                self._states[prompt] = self.text(self.tokenizer([prompt]))[0]
+        return torch.stack([self._states[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def table(self, states: Tensor) -> Table:
+        """Returns the base model's keys and values of text states [prompts, 77, 768]."""
+        return {name: torch.nn.functional.linear(states, layer.weight) for name, layer in self.layers.items()}
+
+    def eps(self, x: Tensor, timesteps: Tensor, table: Table, rows: Tensor) -> Tensor:
+        """Returns the predicted noise.
+
+        Args:
+            x: variance-preserving latents, [B, 4, H, W].
+            timesteps: [B].
+            table, rows: each sample's prompt is row `rows[i]` of the table.
+        """
+        for name, layer in self.layers.items():
+            layer.forward = lambda _, values=table[name]: values
+        return self.unet(x, timesteps, next(iter(table.values())), rows)
+
+    def denoise(
+        self,
+        table: Table,
+        cond: Tensor,
+        uncond: Tensor,
+        guidance_scale: float = GUIDANCE_SCALE,
+        adapted: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Denoise:
+        """Returns a callable that predicts x0 with classifier-free guidance, for `partial_denoise`.
+
+        Args:
+            table: of all prompts.
+            cond, uncond: rows of the prompt and of the neutral prompt for each sample, [B].
+            adapted: the same rows under an adapter and the base model's weight [B], to be blended with.
+        """
+        rows = torch.cat([cond, uncond, *(adapted[:2] if adapted else ())])
+        copies = len(rows) // len(cond)
+
+        def predict(x: Tensor, sigma: Tensor) -> Tensor:
+            scaled = x / (1.0 + sigma.square()).sqrt().view(-1, 1, 1, 1)
+            times = timestep_of(sigma[:1]).expand(len(rows))
+            eps = self.eps(scaled.repeat(copies, 1, 1, 1), times, table, rows).float().chunk(copies)
+            if adapted:
+                eps = tuple(blend(eps[i], eps[i + 2], adapted[2]) for i in (0, 1))
+            return x - sigma.view(-1, 1, 1, 1) * classifier_free(eps[0], eps[1], guidance_scale)
+
+        return predict
+
+
+def adapted_table(table: Table, states: Tensor, layers: Layers) -> Table:
+    """Returns a table under an adapter; gradients flow into the adapter.
+
+    Args:
+        table: the base model's, of the same text states.
+        states: [prompts, 77, 768].
+    """
+    return {name: values + layers[name].delta(states) for name, values in table.items()}
+
+
+def joined(*tables: Table) -> Table:
+    """Returns one table with the rows of all, in order."""
+    return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+
+
+def load_narrow(tokenizer: Path, seed: Path = SEED_PATH) -> Narrow:
+    """Returns the packed demo model at its narrow width.
+
+    Args:
+        tokenizer: ComfyUI's folder `comfy/sd1_tokenizer`.
+    """
+    return Narrow(load_unet(seed), load_text_encoder(seed), Tokenizer(tokenizer), load_vae(seed)[1], base_sha256(seed))
+
+
+def base_sha256(seed: Path = SEED_PATH) -> str:
+    """Returns what an adapter's card has as `base_hash`: a sha256 of the seed's UNet and text encoder.
+
+    Over names, shapes and half-precision values, sorted by name. The autoencoder does not count: no adapter sees it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_seed(seed)[0].items()):
+        if name.startswith(("unet.", "text.")):
+            digest.update(f"{name} {list(tensor.shape)} ".encode())
+            digest.update(tensor.half().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+_loaded: list[Narrow] = []
+
+
+def start_worker(tokenizer: Path, seed: Path) -> None:
+    """Loads the model in a process of its own, on one core; see `worker_model`."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    _loaded.append(load_narrow(tokenizer, seed))
+
+
+def worker_model() -> Narrow:
+    """Returns the model of this process."""
+    return _loaded[0]
