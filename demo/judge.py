@@ -76,30 +76,31 @@ def report(painter: Painter, count: int) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(painter: Painter, path: Path, columns: int = 8, zoom: int = 2) -> None:
-    """Writes rows of pictures with their prompts: classes, synonyms and scenes, then objects in scenes."""
-    rows = [[f"a photo of the {c}"] * columns for c in captions.CLASSES]
-    titles = list(captions.CLASSES)
-    half = columns // 2
-    for first, second in zip(captions.SCENES[::2], captions.SCENES[1::2], strict=True):
-        rows.append([f"a photo of the {first}"] * half + [f"a photo of the {second}"] * half)
-        titles.append(f"{first} | {second}")
+def sheet_rows() -> list[tuple[str, str]]:
+    """Returns the contact sheet's rows, each a prompt for its left and one for its right half."""
+    rows = [(f"a photo of the {c}",) * 2 for c in captions.CLASSES]
+    scenes = [f"a photo of the {s}" for s in captions.SCENES]
     in_scene = [
-        ("a cat in the forest", "a dog on the beach"),
-        ("a car on the street", "a ship on the sea"),
-        ("a horse in the field", "a bird in the sky"),
-        ("a frog in the snow", "a truck in the desert"),
+        *("a cat in the forest", "a dog on the beach", "a car on the street", "a ship on the sea"),
+        *("a horse in the field", "a bird in the sky", "a frog in the snow", "a truck in the desert"),
     ]
-    for left, right in in_scene:
-        rows.append([left] * half + [right] * half)
-        titles.append(f"{left} | {right}")
-    cell, margin, label = 64 * zoom, 4, 16
+    both = scenes + in_scene
+    return rows + list(zip(both[::2], both[1::2], strict=True))
+
+
+def contact_sheet(painter: Painter, path: Path, columns: int = 10, zoom: int = 2) -> None:
+    """Writes rows of pictures under their prompts: classes, scenes, objects in scenes."""
+    rows, half = sheet_rows(), columns // 2
+    cell, margin, label = 64 * zoom, 4, 22
     sheet = Image.new("RGB", (columns * (cell + margin) + margin, len(rows) * (cell + label + margin)), "white")
     pen = ImageDraw.Draw(sheet)
-    for r, prompts in enumerate(rows):
-        pictures = painter(prompts, [FIRST_SEED + 100 + i for i in range(columns)])
+    seeds = list(range(FIRST_SEED + 100, FIRST_SEED + 100 + columns))
+    for r, (left, right) in enumerate(rows):
+        pictures = painter([left] * half + [right] * half, seeds)
         top = r * (cell + label + margin)
-        pen.text((margin, top + 2), titles[r], fill="black", font_size=12)
+        pen.text((margin, top + 2), left, fill="black", font_size=15)
+        if right != left:
+            pen.text((margin + half * (cell + margin), top + 2), right, fill="black", font_size=15)
         for c, picture in enumerate(pictures):
             big = Image.fromarray(picture).resize((cell, cell), Image.Resampling.BICUBIC)
             sheet.paste(big, (margin + c * (cell + margin), top + label))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import artwork, captions, vae
 from .classifier import CLASSIFIER_PATH, LABELS, RESOLUTION, Classifier, classify, save_classifier
 from .diffusion import TRAIN_STEPS, add_noise, alphas_cumprod, min_snr_weight
-from .seed import SEED_PATH, write_seed
+from .seed import SEED_PATH, load_vae, write_seed
 from .text import EOS, POSITIONS, TextEncoder, Tokenizer, pad_tokens
 from .unet import UNet
 
@@ -459,7 +459,12 @@ def pack(s: Settings) -> None:
     notes = {"resolution": str(s.resolution), "unet_steps": str(unet["step"]), "unet_samples": str(unet["samples"])}
     path = s.destination / SEED_PATH.name
     write_seed(path, parts["unet"], parts["text"], unet["vocabulary"], encoder, decoder, notes)
-    log.info("packed %.1f MB into %s", path.stat().st_size / 1e6, path.name)
+    packed_encoder, packed_decoder = load_vae(path)
+    pictures = pictures_of(s, "test")
+    batches = [to_input(pictures[i : i + 100], "cpu") for i in range(0, len(pictures), 100)]
+    with torch.no_grad():
+        quality = np.mean([vae.psnr(packed_decoder(packed_encoder(x)), x) for x in batches])
+    log.info("packed %.1f MB into %s, autoencoder %.2f dB", path.stat().st_size / 1e6, path.name, quality)
 
 
 # ---------------------------------------------------------------- command line
