@@ -35,6 +35,10 @@ AUTO = "auto"
 # measured over ten concepts: see docs/gate.md
 DEFAULT_THRESHOLDS = {"alignment": 0.5, "influence": 0.68, "paper": 1.0}
 
+# how far the noise level of a look may be from that of a card's calibration: a schedule of 30 steps has no step at just
+# the level of one of 20
+SIGMA_TOLERANCE = 0.1
+
 Entry = dict[str, Any]
 
 # what says where and when a conditioning acts, and what it says; the rest (ControlNet, ...) is kept for comparison
@@ -322,7 +326,7 @@ class Look:
         same = (
             lora.strength == 1.0
             and list(card.get("latent", ())) == list(self.latent.shape[1:])
-            and abs(float(card.get("sigma", 0.0)) / self.sigma - 1.0) < 0.01
+            and abs(float(card.get("sigma", 0.0)) / self.sigma - 1.0) < SIGMA_TOLERANCE
         )
         return card if same and "mean" in card else {}
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .blending import RUN, Run
-from .looking import Context, Look, is_everywhere
+from .looking import SIGMA_TOLERANCE, Context, Look, is_everywhere
 
 Decide = Callable[[Callable[..., Look]], None]
 
@@ -36,7 +36,7 @@ class Watch:
 
     def due(self, sigma: torch.Tensor) -> bool:
         """Whether a prediction at this noise level is the one to look at."""
-        return float(sigma.max()) <= self.sigma * (1.0 + 1e-4)
+        return float(sigma.max()) <= self.sigma * (1.0 + SIGMA_TOLERANCE / 2.0)
 
     def look(self, conds: Sequence[Any], out: Sequence[torch.Tensor], x: torch.Tensor, sigma: torch.Tensor) -> None:
         """Decides at this latent, with the base model's predictions `out` for `conds` at hand."""
