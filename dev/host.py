@@ -85,7 +85,7 @@ class Host:
             "UNGUIDE_PYTHON": str(self.python),
             "UNGUIDE_BASE_DIRECTORY": str(self.base_directory),
             "UNGUIDE_HOST_DEVICE": self.device,
-            **({} if ours else {"PYTHONPYCACHEPREFIX": str(self.base_directory / "bytecode")}),
+            **({} if ours else {"PYTHONDONTWRITEBYTECODE": "1"}),
         }
 
 
