@@ -247,6 +247,25 @@ def test_evaluations_are_counted(prompt, adapted, demo, demo_lora):
     assert reports[0].evaluations == {"base": 2 * STEPS, "adapted": adapted, "probe": 2 * (2 * 2 + 4), "wasted": 0}
 
 
+@pytest.mark.parametrize(
+    ("mode", "on_detection", "prompt", "sampling", "probe"),
+    [
+        ("probe", "continue", UNRELATED[0], 60, 16),
+        ("probe", "continue", CONCEPT, 120, 16),
+        ("trajectory", "continue", UNRELATED[0], 60, 2),
+        ("trajectory", "continue", CONCEPT, 112, 2),
+        ("trajectory", "restart", CONCEPT, 128, 2),
+    ],
+)
+def test_the_documented_costs_of_thirty_steps(mode, on_detection, prompt, sampling, probe, demo, demo_lora):
+    reports: list[Any] = []
+    gate = gating.Gate(mode, looking.ProbeSettings(), None, on_detection)
+    model = gating.guided(demo.model, (demo_lora,), gate, observer=reports.append)
+    host.common_ksampler(model, 3, 30, 4.0, "euler", "normal", demo.encode(prompt), demo.encode(""), latent())
+    spent = reports[0].evaluations
+    assert (spent["base"] + spent["adapted"] + spent["wasted"], spent["probe"]) == (sampling, probe)
+
+
 def test_the_sampler_node_reports_its_run(demo, demo_lora):
     execute = pack_module("nodes.sampler").UnGuideSampler.execute
     arguments = (
