@@ -54,9 +54,9 @@ def measure(kind: str, cfg: float, settings: dict[str, Any]) -> Iterator[Score]:
     """Every statistic of every prompt under every concept's gate, in the host."""
     import comfy.samplers
     import torch
-    from demo.captions import CLASSES
 
     import nodes
+    from demo.captions import CLASSES
 
     gating, looking = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.looking")
     load = pack_module("unguide_comfy.erasure").load_erasure_lora
