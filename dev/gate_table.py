@@ -60,7 +60,8 @@ def measure(kind: str, cfg: float, settings: dict[str, Any]) -> Iterator[Score]:
 
     gating, looking = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.looking")
     load = pack_module("unguide_comfy.erasure").load_erasure_lora
-    model, clip, _ = nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
+    loader = nodes.CheckpointLoaderSimple()  # type: ignore[attr-defined]  # ComfyUI's nodes, not ours
+    model, clip, _ = loader.load_checkpoint(CHECKPOINT)
 
     def encode(prompt: str) -> Any:
         return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
