@@ -74,6 +74,9 @@ CALIBRATION_REPEATS, OTHERS_REPEATS = 16, 4
 CALIBRATION_SCENES = SCENES[0::3]
 """Scenes in which objects are calibrated; the gate is measured in others."""
 
+EMPTY_REPEATS = 9
+"""How often more than another prompt to keep the empty one is: it is half of every guided prediction."""
+
 
 def photo(word: str) -> str:
     """Returns the prompt that everything is trained and measured with."""
@@ -124,11 +127,11 @@ RECIPES: dict[str, Recipe] = {
     "selective": Recipe(
         "selective",
         rate_down=5e-3,
-        rate_up=3e-4,
+        rate_up=5e-4,
         guidance_scale=4.0,
         batch=8,
         preserved=16,
-        preservation_weight=3.0,
+        preservation_weight=10.0,
         refresh=20,
     ),
 }
@@ -270,13 +273,13 @@ def kept_prompts(concept: str) -> list[str]:
 class Kept:
     """Latents and predictions of the base model for prompts to keep, denoised once and used for every concept."""
 
-    def __init__(self, narrow: Narrow, recipe: Recipe, repeats: int = 1) -> None:
+    def __init__(self, narrow: Narrow, recipe: Recipe) -> None:
         first, second = kept_prompts(CLASSES[0]), kept_prompts(CLASSES[1])
         self.prompts = list(dict.fromkeys(first + second))
         self.states = narrow.encode(self.prompts)
         self.table = narrow.table(self.states)
         generator = torch.Generator().manual_seed(recipe.seed)
-        rows = torch.arange(len(self.prompts)).repeat(repeats)
+        rows = torch.cat([torch.arange(len(self.prompts)), torch.full((EMPTY_REPEATS,), self.prompts.index(""))])
         parts = [
             denoised(narrow, self.table, part, self.prompts.index(""), GUIDANCE_SCALE, generator)
             for part in rows.split(64)

@@ -27,7 +27,7 @@ from unguide_core.trajectory import from_sigma_space, partial_denoise, to_sigma_
 
 from .captions import CLASSES, SCENES, SYNONYMS, words_for
 from .classifier import classify
-from .erasure import SETS, narrowed, path_of, photo, placed
+from .erasure import PROBE_STEPS, SETS, narrowed, path_of, photo, placed
 from .narrow import (
     LATENT,
     Layers,
@@ -52,7 +52,7 @@ BLENDS = (-1.0,)
 GATE_STEPS = (1, 2, 3, 4, 6)
 GATE_REPEATS = (1, 2, 4)
 THRESHOLDS = {"alignment": 0.5, "influence": 0.68, "paper": 1.0}
-"""The product's defaults."""
+"""The product's defaults; a card's own threshold of the influence comes first."""
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 # ---------------------------------------------------------------- pictures
@@ -252,7 +252,7 @@ class Separation:
     perfect: concepts all of whose own prompts score above all others.
     highest_other, lowest_own: any threshold in between, if there is one, makes no mistake.
     best: the threshold with the fewest mistakes, in the middle of the widest stretch of these.
-    misses, alarms: mistakes at `threshold`, of `own` and `other` pairs; `best_mistakes` at `best`.
+    misses, alarms: mistakes at each concept's threshold, of `own` and `other` pairs; `best_mistakes` at `best`.
     wrong: what they are.
     """
 
@@ -260,7 +260,6 @@ class Separation:
     perfect: int
     highest_other: float
     lowest_own: float
-    threshold: float
     misses: int
     own: int
     alarms: int
@@ -270,25 +269,24 @@ class Separation:
     wrong: tuple[str, ...]
 
 
-def separation(scores: Tensor, prompts: Sequence[GatePrompt], kind: str, threshold: float) -> Separation:
-    """Returns how well scores [prompts, concepts] separate the prompts of one kind."""
+def separation(scores: Tensor, prompts: Sequence[GatePrompt], kind: str, thresholds: Tensor) -> Separation:
+    """Returns how well scores [prompts, concepts] separate the prompts of one kind, with thresholds [concepts]."""
     kept = [i for i, prompt in enumerate(prompts) if prompt.kind == kind]
     own = torch.tensor([[prompts[i].klass == concept for concept in CLASSES] for i in kept])
     values = scores[kept]
     positive, negative = values[own], values[~own]
     order = (positive[:, None] > negative).float() + 0.5 * (positive[:, None] == negative)
     perfect = sum(bool(values[own[:, i], i].min() > values[~own[:, i], i].max()) for i in range(len(CLASSES)))
-    mistaken = ((values >= threshold) != own).nonzero().tolist()
+    mistaken = ((values >= thresholds) != own).nonzero().tolist()
     best = best_threshold(positive, negative)
     return Separation(
         auc=float(order.mean()),
         perfect=perfect,
         highest_other=float(negative.max()),
         lowest_own=float(positive.min()),
-        threshold=threshold,
-        misses=int((positive < threshold).sum()),
+        misses=int((own & (values < thresholds)).sum()),
         own=len(positive),
-        alarms=int((negative >= threshold).sum()),
+        alarms=int((~own & (values >= thresholds)).sum()),
         other=len(negative),
         best=best,
         best_mistakes=int((positive < best).sum() + (negative >= best).sum()),
@@ -334,11 +332,13 @@ def evaluate(options: argparse.Namespace) -> None:
     out: Path = options.out
     measured_path, report_path = out / "measured.json", out.parent / "LORAS.md"
     measured = json.loads(measured_path.read_text()) if measured_path.exists() else {}
-    measured["base_hash"] = base_sha256(options.model)
+    base_hash = base_sha256(options.model)
+    if measured.get("base_hash") != base_hash:
+        measured = {"base_hash": base_hash}
     worker = (options.tokenizer, options.model)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), start_worker, worker) as pool:
         if "pictures" in options.part:
-            measured["pictures"] = measure_pictures(pool, options)
+            measured["pictures"] = measure_pictures(pool, options, measured.get("pictures", {}))
         if "gate" in options.part:
             measured["gate"] = measure_gate(pool, options)
     measured_path.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
@@ -349,11 +349,17 @@ def evaluate(options: argparse.Namespace) -> None:
     report_path.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{rest.split(END)[1]}")
 
 
-def measure_pictures(pool: ProcessPoolExecutor, options: argparse.Namespace) -> dict:
-    """Returns accuracies: of the base model by prompt, and by set and concept of the LoRA alone and of blends."""
+def measure_pictures(pool: ProcessPoolExecutor, options: argparse.Namespace, known: dict) -> dict:
+    """Returns accuracies by concept: of the base model, and by set of the LoRA alone and of blends.
+
+    Args:
+        known: what was measured before; kept where nothing new is asked for.
+    """
     began = time.monotonic()
     every = {prompt: klass for klass in CLASSES for prompt in own_prompts(klass)}
-    base = pool.submit(picture_task, None, every, options.pictures, 1.0)
+    counts = {"pictures": options.pictures, "others": options.others}
+    result = known if {name: known.get(name) for name in counts} == counts else dict(counts)
+    base = None if "base" in result else pool.submit(picture_task, None, every, options.pictures, 1.0)
     tasks = {}
     for objective in options.set:
         for concept in options.concept:
@@ -364,17 +370,16 @@ def measure_pictures(pool: ProcessPoolExecutor, options: argparse.Namespace) -> 
             for weight in BLENDS:
                 task = pool.submit(picture_task, path, own, options.pictures, weight)
                 tasks[objective, concept, f"weight {weight:g}"] = task
-    shares = base.result()
-    result: dict = {"pictures": options.pictures, "others": options.others, "base": {}}
-    for concept in CLASSES:
-        result["base"][concept] = asdict(summary(concept, shares))
+    if base is not None:
+        result["base"] = {concept: asdict(summary(concept, base.result())) for concept in CLASSES}
     for number, ((objective, concept, what), task) in enumerate(tasks.items(), start=1):
         entry = result.setdefault(objective, {}).setdefault(concept, {})
         entry[what] = task.result()
         left = (time.monotonic() - began) * (len(tasks) / number - 1)
         log.info("%s %s, %s: %d of %d, %.0f s left", objective, concept, what, number, len(tasks), left)
     for objective in options.set:
-        for concept, entry in result[objective].items():
+        for concept in options.concept:
+            entry = result[objective][concept]
             entry["alone"] = asdict(summary(concept, {**entry["alone"], **entry.pop("others")}))
             for weight in BLENDS:
                 entry[f"weight {weight:g}"] = asdict(summary(concept, entry[f"weight {weight:g}"]))
@@ -392,15 +397,19 @@ def measure_gate(pool: ProcessPoolExecutor, options: argparse.Namespace) -> dict
     for number, task in enumerate(tasks, start=1):
         done.append(task.result())
         log.info("gate: %d of %d prompts", min(8 * number, len(prompts)), len(prompts))
+    cards = {objective: [load_adapter(path).card.calibration for path in files] for objective, files in paths.items()}
     result: dict = {}
     for step in GATE_STEPS:
         scores = GateScores.joined([part[step] for part in done])
         for statistic, objective in [("alignment", ""), *((s, o) for o in paths for s in ("influence", "paper"))]:
+            thresholds = torch.full((len(CLASSES),), THRESHOLDS[statistic])
+            if statistic == "influence" and step == PROBE_STEPS:
+                thresholds = torch.tensor([card.get("threshold", THRESHOLDS[statistic]) for card in cards[objective]])
             for repeats in GATE_REPEATS:
                 values = scores.scores(statistic, repeats, prompts, objective)
                 for kind in ("word", "placed"):
                     key = f"{statistic} {objective}".strip() + f", {step} steps, {repeats} repeats, {kind}"
-                    result[key] = asdict(separation(values, prompts, kind, THRESHOLDS[statistic]))
+                    result[key] = asdict(separation(values, prompts, kind, thresholds))
     return result
 
 

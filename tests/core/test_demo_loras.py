@@ -1,0 +1,59 @@
+"""The erasure LoRAs that ship with the demo model: that they fit it, and that their cards say what they are."""
+
+import pytest
+import torch
+
+from demo.captions import CLASSES, SYNONYMS
+from demo.erasure import LORAS, PREFIX, RECIPES, narrowed, path_of, widened
+from demo.narrow import ADAPTED, LATENT, base_sha256, normal_sigmas
+from demo.unet import WIDE_WIDTH, UNet
+from unguide_core.adapter import Adapter, initial_low_rank
+from unguide_core.formats import load_adapter
+
+FILES = [(objective, concept) for objective in RECIPES for concept in CLASSES]
+
+
+@pytest.fixture(scope="module")
+def wide_shapes() -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        unet = UNet(WIDE_WIDTH)
+    layers = {name: module for name, module in unet.named_modules() if name.endswith(ADAPTED)}
+    return {PREFIX + name: tuple(layer.weight.shape) for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize(("objective", "concept"), FILES)
+def test_a_shipped_lora_fits_every_text_layer_of_the_demo_model(objective, concept, wide_shapes):
+    adapter = load_adapter(path_of(LORAS, objective, concept))
+    assert {name: layer.weight_shape for name, layer in adapter.layers.items()} == wide_shapes
+    assert adapter.card.base_hash == base_sha256()
+
+
+@pytest.mark.parametrize(("objective", "concept"), FILES)
+def test_a_shipped_loras_card_says_what_it_erases_and_how_it_was_trained(objective, concept):
+    card = load_adapter(path_of(LORAS, objective, concept)).card
+    assert (card.concept, card.synonyms, card.objective) == (concept, SYNONYMS[concept], objective)
+    assert card.target == f"a photo of the {concept}"
+    assert card.reference.startswith("a photo of the ")
+    assert (card.rank, card.alpha) == (RECIPES[objective].rank, RECIPES[objective].alpha)
+    assert card.settings["iterations"] == RECIPES[objective].iterations
+
+
+@pytest.mark.parametrize(("objective", "concept"), FILES)
+def test_a_shipped_loras_calibration_holds_at_its_own_noise_level(objective, concept):
+    calibration = load_adapter(path_of(LORAS, objective, concept)).card.calibration
+    assert calibration["latent"] == list(LATENT)
+    assert calibration["sigma"] == pytest.approx(float(normal_sigmas(calibration["steps"])[calibration["step"]]), 1e-4)
+
+
+@pytest.mark.parametrize("concept", CLASSES)
+def test_a_selective_loras_card_has_a_threshold_that_tells_its_concept_from_others(concept):
+    calibration = load_adapter(path_of(LORAS, "selective", concept)).card.calibration
+    assert 0.2 < calibration["threshold"] < 0.9
+
+
+def test_widening_an_adapter_keeps_it_but_for_half_precision(generator):
+    name = "input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+    layer = initial_low_rank(768, 64, 1, 8.0, generator)
+    torch.nn.init.normal_(layer.up, generator=generator)
+    again = narrowed(Adapter(widened({name: layer})))[name]
+    torch.testing.assert_close(again.weight_delta(), layer.weight_delta().detach(), rtol=2e-3, atol=1e-4)
