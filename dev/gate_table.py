@@ -82,7 +82,7 @@ def measure(kind: str, cfg: float, settings: dict[str, Any]) -> Iterator[Score]:
 
         stack = [loras[concept] for concept in kinds]
         latent = torch.zeros(1, 4, 8, 8)
-        decisions, _, _ = gating.probe_prompt(model, stack, looking.ProbeSettings(**settings), guider, latent)
+        decisions, _ = gating.probe_prompt(model, stack, looking.ProbeSettings(**settings), guider, latent)
         for concept, decision in zip(kinds, decisions, strict=True):
             for found in decision.statistics:
                 yield Score(concept, prompt, kinds[concept], found.name, found.score, found.threshold, found.detected)

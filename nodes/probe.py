@@ -85,7 +85,7 @@ class StabilityProbe(io.ComfyNode):
             return made
 
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        decisions, _, report = probe_prompt(model, erasure_lora, settings, guider, latent, neutral)
+        decisions, report = probe_prompt(model, erasure_lora, settings, guider, latent, neutral)
         first = leading(decisions)
         return io.NodeOutput(
             tuple(decisions), first.weight, first.score, first.detected, report_plot(report), report_json(report)

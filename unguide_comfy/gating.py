@@ -171,8 +171,8 @@ def probe_prompt(
     guider: Any,
     latent: torch.Tensor,
     neutral: Conditioning | None = None,
-) -> tuple[list[Decision], float, RunReport]:
-    """The stability probe as a run of its own, all statistics: decisions, their noise level, what it cost.
+) -> tuple[list[Decision], RunReport]:
+    """The stability probe as a run of its own, all statistics: the decisions, and what they cost.
 
     Args:
         model: a `ModelPatcher`; gates that it carries do not take part.
@@ -192,7 +192,7 @@ def probe_prompt(
         for lora, decision in zip(loras, decisions, strict=True)
     )
     report = RunReport(outcomes, {"probe": float(sum(run.evaluated.values()))}, time.perf_counter() - started)
-    return decisions, sampler.sigma, report
+    return decisions, report
 
 
 class GatedSampling:

@@ -98,7 +98,7 @@ def _check_interrupt(state: object) -> None:
 class ProbeSampler(comfy.samplers.Sampler):
     """A probe run as if it were a sampler: `CFGGuider.sample` loads the model and processes the conditioning for it.
 
-    After sampling, `decisions` holds one decision per erasure LoRA, taken at noise level `sigma`.
+    After sampling, `decisions` holds one decision per erasure LoRA.
     """
 
     def __init__(
@@ -106,7 +106,6 @@ class ProbeSampler(comfy.samplers.Sampler):
     ):
         self.run, self.loras, self.settings, self.neutral = run, loras, settings, neutral
         self.decisions: list[Decision] = []
-        self.sigma = 0.0
 
     def sample(
         self,
@@ -124,5 +123,4 @@ class ProbeSampler(comfy.samplers.Sampler):
         context = Context(model_wrap, self.run, options, latent_image, denoise_mask)
         probe = Probe(context, self.settings, noise.shape[1:], self.neutral)
         self.decisions = [probe.decide(i, lora, everything=True) for i, lora in enumerate(self.loras)]
-        self.sigma = probe.sigma
         return noise

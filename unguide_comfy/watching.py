@@ -39,11 +39,12 @@ class Watch:
         return float(sigma.max()) <= self.sigma * (1.0 + SIGMA_TOLERANCE / 2.0)
 
     def look(self, conds: Sequence[Any], out: Sequence[torch.Tensor], x: torch.Tensor, sigma: torch.Tensor) -> None:
-        """Decides at this latent, with the base model's predictions `out` for `conds` at hand."""
+        """Decides at this latent, with the predictions `out` for `conds` at hand: the base model's, unless some blend."""
+        blending = bool(self.context.run.active())
         known = {
             id(entries[0]): prediction
             for entries, prediction in zip(conds, out, strict=True)
-            if entries is not None and len(entries) == 1 and is_everywhere(entries[0])
+            if not blending and entries is not None and len(entries) == 1 and is_everywhere(entries[0])
         }
         level = float(sigma[0])
         self.decide(lambda settings, neutral: Look(self.context, settings, x, level, neutral, known))

@@ -353,6 +353,18 @@ def test_samples_of_a_batch_are_decided_one_by_one(demo, demo_lora):
     assert not torch.equal(found[0], base[0])
 
 
+def test_a_watched_adapter_is_decided_on_the_base_model_beside_one_that_blends_already(demo, demo_lora):
+    alone: list[Any] = []
+    ksampler(watched(demo, demo_lora, alone, statistic="alignment"), demo.encode(CONCEPT), demo.encode(""))
+    beside: list[Any] = []
+    gate = gating.Gate(gating.TRAJECTORY, looking.ProbeSettings(statistic="alignment"))
+    blending = gating.guided(demo.model, (dataclasses.replace(demo_lora, strength=0.01),), gating.Gate(gating.FIXED))
+    ksampler(gating.guided(blending, (demo_lora,), gate, observer=beside.append), demo.encode(CONCEPT), demo.encode(""))
+    scores = [reports[0].outcomes[-1].decision.score for reports in (alone, beside)]
+    assert scores[1] == pytest.approx(scores[0], abs=0.05)
+    assert beside[0].evaluations["probe"] == 3
+
+
 def test_a_partial_schedule_is_watched_from_its_first_step(demo, demo_lora):
     reports: list[Any] = []
     noise = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))}
