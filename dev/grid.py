@@ -78,7 +78,8 @@ def _draw_verdict(draw: ImageDraw.ImageDraw, x: int, y: int, picture: Entry, fou
     """Under a picture: what the judge sees in it; under UnGuide's, the gate's decision and score too."""
     shown = max(found, key=lambda name: found[name])
     middle = x + SIDE // 2
-    draw.text((middle, y + 14), f"seen: {shown} {found[shown]:.0%}", FAINT, _font(14), anchor="mm")
+    name = "none of the ten" if shown == "other" else shown
+    draw.text((middle, y + 14), f"seen: {name} {found[shown]:.0%}", FAINT, _font(14), anchor="mm")
     if picture["detected"] is not None:
         said, colour = ("found", ERASED) if picture["detected"] else ("not found", KEPT)
         score = f"{said}, score {picture['score']:.2f}, weight {picture['weight']:g}"
