@@ -49,8 +49,10 @@ Judge = Callable[[Tensor], Tensor]
 
 BLENDS = (-1.0,)
 """Weights of the base model that a gate may choose for a detected prompt, beside 0, the LoRA alone."""
+GATE_SCENES = SCENES[1::3]
+"""Scenes that concepts are placed in; other ones than those of the cards' calibration."""
 GATE_STEPS = (1, 2, 3, 4, 6)
-GATE_REPEATS = (1, 2, 4)
+GATE_REPEATS = (1, 2)
 THRESHOLDS = {"alignment": 0.5, "influence": 0.68, "paper": 1.0}
 """The product's defaults; a card's own threshold of the influence comes first."""
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -106,10 +108,13 @@ def accuracies(narrow: Narrow, judge: Judge, prompts: Mapping[str, str], picture
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percent: erased (the concept), spared (the mean of the other classes), general (the mean of the synonyms)."""
+    """Percent: erased (the concept), general (the mean of its synonyms), placed (the mean of the concept in scenes),
+    spared (the mean of the other classes).
+    """
 
     erased: float
     general: float
+    placed: float
     spared: float | None = None
     worst_spared: float | None = None
 
@@ -127,12 +132,14 @@ def summary(concept: str, shares: Mapping[str, float]) -> Accuracy:
     general = _mean([shares[photo(word)] for word in SYNONYMS[concept]])
     others = [shares[photo(c)] for c in CLASSES if c != concept and photo(c) in shares]
     spared = (_mean(others), min(others)) if others else (None, None)
-    return Accuracy(shares[photo(concept)], general, *spared)
+    inside = _mean([shares[placed(concept, scene)] for scene in GATE_SCENES])
+    return Accuracy(shares[photo(concept)], general, inside, *spared)
 
 
 def own_prompts(concept: str) -> dict[str, str]:
     """Returns the prompts that shall not be drawn any more, with the class."""
-    return {photo(word): concept for word in words_for(concept)}
+    prompts = [photo(word) for word in words_for(concept)] + [placed(concept, scene) for scene in GATE_SCENES]
+    return dict.fromkeys(prompts, concept)
 
 
 def other_prompts(concept: str) -> dict[str, str]:
@@ -152,7 +159,7 @@ class GatePrompt:
     kind: str = "word"
 
 
-def gate_prompts(scenes: Sequence[str] = SCENES[1::3]) -> list[GatePrompt]:
+def gate_prompts(scenes: Sequence[str] = GATE_SCENES) -> list[GatePrompt]:
     """Returns all words alone, all scenes, the empty prompt, and each class in some scenes."""
     words = [GatePrompt(photo(word), klass) for klass in CLASSES for word in words_for(klass)]
     plain = [GatePrompt(photo(scene)) for scene in SCENES]
@@ -427,7 +434,7 @@ def report(measured: dict) -> str:
 
 
 def picture_table(result: dict) -> str:
-    """Returns a row per concept and one of means: Acc_e / Acc_g / Acc_s in percent."""
+    """Returns a row per concept and one of means: Acc_e / Acc_g / in scenes / Acc_s in percent."""
     sets = [name for name in SETS if name in result]
     blends = [f"weight {weight:g}" for weight in BLENDS]
     titles = ["base", *(f"{name}, alone" for name in sets), *(f"{name}, {b}" for name in sets for b in blends)]
@@ -441,7 +448,7 @@ def picture_table(result: dict) -> str:
     means = []
     for column in columns:
         present = [entry for entry in column if entry]
-        fields = ("erased", "general", "spared")
+        fields = ("erased", "general", "placed", "spared")
         known = {f: [entry[f] for entry in present if entry[f] is not None] for f in fields}
         means.append(_cell({f: _mean(values) if values else None for f, values in known.items()}))
     return "\n".join([*lines, f"| **mean** | {' | '.join(means)} |"])
@@ -450,7 +457,7 @@ def picture_table(result: dict) -> str:
 def _cell(entry: dict | None) -> str:
     if not entry:
         return "-"
-    return " / ".join(f"{entry[f]:.0f}" for f in ("erased", "general", "spared") if entry[f] is not None)
+    return " / ".join(f"{entry[f]:.0f}" for f in ("erased", "general", "placed", "spared") if entry[f] is not None)
 
 
 def gate_table(result: dict) -> str:
