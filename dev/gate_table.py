@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,32 +60,46 @@ def measure(kind: str, cfg: float, settings: dict[str, Any]) -> Iterator[Score]:
 
     gating, looking = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.looking")
     load = pack_module("unguide_comfy.erasure").load_erasure_lora
+    paper_statistic = pack_module("unguide_core.probe").paper_statistic
     loader = nodes.CheckpointLoaderSimple()  # type: ignore[attr-defined]  # ComfyUI's nodes, not ours
     model, clip, _ = loader.load_checkpoint(CHECKPOINT)
+    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    loras = {
+        concept: replace(load(f"unguide-demo/{kind}/{concept}.safetensors", 1.0, clip), neutral=empty)
+        for concept in CLASSES
+    }
 
-    def encode(prompt: str) -> Any:
-        return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-
-    loras = {concept: load(f"unguide-demo/{kind}/{concept}.safetensors", 1.0, clip) for concept in CLASSES}
-    seen: dict[str, dict[str, str]] = {}
-    for concept in CLASSES:
-        for prompt, what in prompts(concept):
-            seen.setdefault(prompt, {})[concept] = what
-    for number, (prompt, kinds) in enumerate(seen.items(), start=1):
-        sys.stderr.write(f"\rprompt {number} of {len(seen)}")
-
-        def guider(patched: Any, prompt: str = prompt) -> Any:
+    def probed(prompt: str, statistic: str, concepts: list[str]) -> list[Any]:
+        def guider(patched: Any) -> Any:
             made = comfy.samplers.CFGGuider(patched)
-            made.set_conds(encode(prompt), encode(""))
+            made.set_conds(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)), empty)
             made.set_cfg(cfg)
             return made
 
-        stack = [loras[concept] for concept in kinds]
-        latent = torch.zeros(1, 4, 8, 8)
-        decisions, _ = gating.probe_prompt(model, stack, looking.ProbeSettings(**settings), guider, latent)
-        for concept, decision in zip(kinds, decisions, strict=True):
-            for found in decision.statistics:
-                yield Score(concept, prompt, kinds[concept], found.name, found.score, found.threshold, found.detected)
+        chosen = looking.ProbeSettings(statistic=statistic, **settings)
+        stack = [loras[concept] for concept in concepts]
+        return gating.probe_prompt(model, stack, chosen, guider, torch.zeros(1, 4, 8, 8), everything=False)[0]
+
+    seen: dict[str, dict[str, str]] = {"": {}}
+    for concept in CLASSES:
+        for prompt, what in prompts(concept):
+            seen.setdefault(prompt, {})[concept] = what
+    # the paper compares with the empty prompt on its own trajectory: that is the empty prompt's influence
+    neutral: dict[str, tuple[float, ...]] = {}
+    for number, (prompt, kinds) in enumerate(seen.items(), start=1):
+        sys.stderr.write(f"\rprompt {number} of {len(seen)}")
+        concepts = list(kinds)
+        aligned, influenced = (probed(prompt, name, concepts) for name in ("alignment", "influence"))
+        for concept, first, second in zip(concepts, aligned, influenced, strict=True):
+            influences = second.statistics[0].prompt
+            if prompt == "":
+                neutral[concept] = influences
+            found = [first.statistics[0], second.statistics[0], paper_statistic(influences, neutral[concept])]
+            measured = "threshold" in loras[concept].adapter.card.calibration
+            either = found[0].detected or (measured and found[1].detected)
+            for one in found:
+                yield Score(concept, prompt, kinds[concept], one.name, one.score, one.threshold, one.detected)
+            yield Score(concept, prompt, kinds[concept], "auto", 0.0, 0.0, either)
     sys.stderr.write("\n")
 
 
@@ -98,30 +112,34 @@ def area_under_curve(positive: list[float], negative: list[float]) -> float:
 def table(scores: list[Score]) -> str:
     """The confusion of each statistic over all concepts, in Markdown."""
     lines = [
-        "| statistic | AUC | threshold | missed | false alarms | lowest with the concept | highest without |",
+        "| statistic | AUC | thresholds | missed | false alarms | lowest with the concept | highest without |",
         "|---|---|---|---|---|---|---|",
     ]
-    for statistic in STATISTICS:
+    for statistic in (*STATISTICS, "auto"):
         rows = [score for score in scores if score.statistic == statistic]
-        with_concept = [score for score in rows if score.kind in SHALL_BE_FOUND]
+        within = [score for score in rows if score.kind in SHALL_BE_FOUND]
         without = [score for score in rows if score.kind not in SHALL_BE_FOUND]
+        missed, alarms = sum(not s.detected for s in within), sum(s.detected for s in without)
+        confusion = f"{missed} of {len(within)} | {alarms} of {len(without)}"
+        if statistic == "auto":
+            lines.append(f"| auto: alignment or a card's influence | - | - | {confusion} | - | - |")
+            continue
         # scores of different concepts are on one scale: each is relative to its concept's own
-        auc = area_under_curve([s.score for s in with_concept], [s.score for s in without])
-        missed, alarms = sum(not s.detected for s in with_concept), sum(s.detected for s in without)
-        low, high = min(s.score for s in with_concept), max(s.score for s in without)
-        lines.append(
-            f"| {statistic} | {auc:.4f} | {rows[0].threshold:g} | {missed} of {len(with_concept)} "
-            f"| {alarms} of {len(without)} | {low:.2f} | {high:.2f} |"
-        )
+        auc = area_under_curve([s.score for s in within], [s.score for s in without])
+        low, high = min(s.score for s in within), max(s.score for s in without)
+        levels = sorted({s.threshold for s in rows})
+        levels_text = f"{levels[0]:g}" if len(levels) == 1 else f"{levels[0]:g} to {levels[-1]:g}"
+        lines.append(f"| {statistic} | {auc:.4f} | {levels_text} | {confusion} | {low:.2f} | {high:.2f} |")
     return "\n".join(lines)
 
 
 def table_by_kind(scores: list[Score]) -> str:
     """How many prompts of each kind each statistic detects, in Markdown."""
-    lines = ["| prompts | " + " | ".join(f"{name}: detected" for name in STATISTICS) + " |", "|---|---|---|---|"]
+    names = (*STATISTICS, "auto")
+    lines = ["| prompts | " + " | ".join(f"{name}: detected" for name in names) + " |", "|---|" + "---|" * len(names)]
     for kind in KINDS:
         cells = []
-        for statistic in STATISTICS:
+        for statistic in names:
             rows = [score.detected for score in scores if score.kind == kind and score.statistic == statistic]
             cells.append(f"{sum(rows)} of {len(rows)}")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")

@@ -171,19 +171,21 @@ def probe_prompt(
     guider: Any,
     latent: torch.Tensor,
     neutral: Conditioning | None = None,
+    everything: bool = True,
 ) -> tuple[list[Decision], RunReport]:
-    """The stability probe as a run of its own, all statistics: the decisions, and what they cost.
+    """The stability probe as a run of its own: the decisions, and what they cost.
 
     Args:
         model: a `ModelPatcher`; gates that it carries do not take part.
         guider: makes the host's guider for a model: `guider(model)`, conditioning and cfg set.
         latent: whose shape the probe uses, [B, C, ...].
+        everything: take all statistics that the inputs allow, not the deciding ones alone.
     """
     started = time.perf_counter()
     base, _ = without_gates(model)
     run = Run(tuple(matched(lora, base) for lora in loras))
     base.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, blended_prediction)
-    sampler = ProbeSampler(run, loras, settings, neutral)
+    sampler = ProbeSampler(run, loras, settings, neutral, everything)
     one = latent[:1]
     guider(base).sample(torch.zeros_like(one), one, sampler, torch.ones(2), seed=settings.seed)
     decisions = [replace(decision, model_key=model_key(base)) for decision in sampler.decisions]

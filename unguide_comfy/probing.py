@@ -102,9 +102,15 @@ class ProbeSampler(comfy.samplers.Sampler):
     """
 
     def __init__(
-        self, run: Run, loras: Sequence[ErasureLora], settings: ProbeSettings, neutral: Conditioning | None = None
+        self,
+        run: Run,
+        loras: Sequence[ErasureLora],
+        settings: ProbeSettings,
+        neutral: Conditioning | None = None,
+        everything: bool = True,
     ):
         self.run, self.loras, self.settings, self.neutral = run, loras, settings, neutral
+        self.everything = everything
         self.decisions: list[Decision] = []
 
     def sample(
@@ -122,5 +128,5 @@ class ProbeSampler(comfy.samplers.Sampler):
         options = carrying(extra_args, self.run)["model_options"]
         context = Context(model_wrap, self.run, options, latent_image, denoise_mask)
         probe = Probe(context, self.settings, noise.shape[1:], self.neutral)
-        self.decisions = [probe.decide(i, lora, everything=True) for i, lora in enumerate(self.loras)]
+        self.decisions = [probe.decide(i, lora, everything=self.everything) for i, lora in enumerate(self.loras)]
         return noise

@@ -39,7 +39,7 @@ class Watch:
         return float(sigma.max()) <= self.sigma * (1.0 + SIGMA_TOLERANCE / 2.0)
 
     def look(self, conds: Sequence[Any], out: Sequence[torch.Tensor], x: torch.Tensor, sigma: torch.Tensor) -> None:
-        """Decides at this latent, with the predictions `out` for `conds` at hand: the base model's, unless some blend."""
+        """Decides at this latent, with the predictions `out` for `conds` at hand: the base model's, if none blends."""
         blending = bool(self.context.run.active())
         known = {
             id(entries[0]): prediction
