@@ -260,7 +260,7 @@ class Separation:
     highest_other, lowest_own: any threshold in between, if there is one, makes no mistake.
     best: the threshold with the fewest mistakes, in the middle of the widest stretch of these.
     misses, alarms: mistakes at each concept's threshold, of `own` and `other` pairs; `best_mistakes` at `best`.
-    wrong: what they are.
+    wrong: the first dozen of them.
     """
 
     auc: float
@@ -297,7 +297,7 @@ def separation(scores: Tensor, prompts: Sequence[GatePrompt], kind: str, thresho
         other=len(negative),
         best=best,
         best_mistakes=int((positive < best).sum() + (negative >= best).sum()),
-        wrong=tuple(f"{CLASSES[c]}: '{prompts[kept[i]].text}' {values[i, c]:.2f}" for i, c in mistaken),
+        wrong=tuple(f"{CLASSES[c]}: '{prompts[kept[i]].text}' {values[i, c]:.2f}" for i, c in mistaken[:12]),
     )
 
 
@@ -347,7 +347,7 @@ def evaluate(options: argparse.Namespace) -> None:
         if "pictures" in options.part:
             measured["pictures"] = measure_pictures(pool, options, measured.get("pictures", {}))
         if "gate" in options.part:
-            measured["gate"] = measure_gate(pool, options)
+            measured["gate"] = {**measured.get("gate", {}), **measure_gate(pool, options)}
     measured_path.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
     tables = report(measured)
     print(tables)
@@ -461,12 +461,17 @@ def _cell(entry: dict | None) -> str:
 
 
 def gate_table(result: dict) -> str:
-    """Returns a row per statistic, probe steps, repeats and kind of prompt."""
+    """Returns a row per statistic and kind of prompt at the product's probe steps, and of alignment at all others."""
+    chosen = {
+        name: s
+        for name, s in result.items()
+        if f"{max(GATE_REPEATS)} repeats" in name and (f"{PROBE_STEPS} steps" in name or name.startswith("alignment"))
+    }
     lines = [
         "| statistic | AUC | concepts apart | highest other | lowest own | misses | false alarms | best threshold |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, s in result.items():
+    for name, s in chosen.items():
         lines.append(
             f"| {name} | {s['auc']:.4f} | {s['perfect']} of {len(CLASSES)} | {s['highest_other']:.2f} | "
             f"{s['lowest_own']:.2f} | {s['misses']} of {s['own']} | {s['alarms']} of {s['other']} | "
