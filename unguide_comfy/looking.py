@@ -69,7 +69,7 @@ class ProbeSettings:
     probe_steps: int = 2
     schedule_steps: int = 20
     seed: int = 0
-    weight_detected: float = -1.0
+    weight_detected: float = 0.0
     weight_otherwise: float = 1.0
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ def test_a_row_has_a_picture_a_column_and_the_gates_numbers_under_unguide(rows: 
         assert all(picture.seconds > 0 for picture in pictures)
         assert unguide.unet_evaluations > 60
     cat, dog = rows[CAT][2], rows[DOG][2]
-    assert (cat.detected, cat.weight) == (True, -1)
+    assert (cat.detected, cat.weight) == (True, 0)
     assert (dog.detected, dog.weight) == (False, 1)
 
 
