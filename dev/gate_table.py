@@ -1,7 +1,8 @@
-"""How well each statistic tells an erased concept from everything else, measured with the pack in a real ComfyUI.
+"""How well the gate tells an erased concept from everything else, and how well it then erases, in a real ComfyUI.
 
 For each of the demo's ten erasure LoRAs: the concept's name, its synonyms and the concept in scenes shall be found; the
-nine other classes, their synonyms, the scenes and the empty prompt shall not. Run by `python3 dev gate`.
+nine other classes, their synonyms, the scenes and the empty prompt shall not. All ten adapters are on the model at
+once, in the mode `trajectory`, and decide for every picture of a batch by itself. Run by `python3 dev gate`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,154 +18,221 @@ from typing import Any
 
 from dev.pack import pack_module, start_host
 
-CHECKPOINT = "unguide-demo.safetensors"
-STATISTICS = ("alignment", "influence", "paper")
+CHECKPOINT, CFG, STEPS = "unguide-demo.safetensors", 4.0, 30
+STATISTICS = ("influence", "patch", "alignment", "paper")
+PRODUCT = "the gate"
 KINDS = ("name", "synonym", "in a scene", "other class", "other synonym", "scene", "empty")
 SHALL_BE_FOUND = KINDS[:3]
+# other scenes than those that the cards are calibrated in
+SCENES_WITH_OBJECTS = ("forest", "snow")
 
 
 @dataclass(frozen=True)
 class Score:
-    """One statistic's score of one prompt under one concept's gate."""
+    """One statistic of one picture under one concept's gate; `PRODUCT` is what the gate decides."""
 
     concept: str
     prompt: str
     kind: str
     statistic: str
     score: float
-    threshold: float
     detected: bool
 
 
-def prompts(concept: str) -> Iterator[tuple[str, str]]:
-    """Pairs of a prompt and its kind, as seen from one concept."""
-    from demo.captions import CLASSES, PLACES, SCENES, SYNONYMS
+class Demo:
+    """The demo model with its ten erasure LoRAs."""
 
+    def __init__(self, kind: str):
+        import nodes
+        from demo.captions import CLASSES
+
+        self.nodes: Any = nodes
+        self.gating, self.deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
+        load = pack_module("unguide_comfy.erasure").load_erasure_lora
+        self.model, self.clip, self.vae = self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
+        empty = self.encode("")
+        self.loras = {
+            concept: replace(load(f"unguide-demo/{kind}/{concept}.safetensors", 1.0, self.clip), neutral=empty)
+            for concept in CLASSES
+        }
+
+    def encode(self, prompt: str) -> Any:
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+
+    def sample(self, model: Any, prompt: str, batch: int, seed: int, steps: int = STEPS) -> Any:
+        """The latents after the first `steps` of the schedule, [batch, 4, 8, 8]."""
+        import torch
+
+        latent = {"samples": torch.zeros(batch, 4, 8, 8)}
+        (out,) = self.nodes.common_ksampler(
+            model,
+            seed,
+            STEPS,
+            CFG,
+            "euler",
+            "normal",
+            self.encode(prompt),
+            self.encode(""),
+            latent,
+            last_step=steps,
+        )
+        return out["samples"]
+
+
+def prompts() -> dict[str, dict[str, str]]:
+    """Every prompt, with its kind as seen from each concept."""
+    from demo.captions import CLASSES, PLACES, SCENES, SYNONYMS, article
+
+    def seen(owner: str, own: str, other: str) -> dict[str, str]:
+        return {concept: own if concept == owner else other for concept in CLASSES}
+
+    found: dict[str, dict[str, str]] = {}
     for name in CLASSES:
-        yield f"a photo of the {name}", "name" if name == concept else "other class"
+        found[f"a photo of the {name}"] = seen(name, "name", "other class")
         for synonym in SYNONYMS[name]:
-            yield f"a photo of the {synonym}", "synonym" if name == concept else "other synonym"
-    for scene in SCENES:
-        yield f"a photo of the {scene}", "scene"
-    for place in (PLACES["forest"], PLACES["snow"]):
-        yield f"a {concept} {place}", "in a scene"
-    yield "", "empty"
+            found[f"a photo of the {synonym}"] = seen(name, "synonym", "other synonym")
+        for scene in SCENES_WITH_OBJECTS:
+            found[f"{article(name)} {name} {PLACES[scene]}"] = {name: "in a scene"}
+    for scene in SCENES[:6]:
+        found[f"a photo of the {scene}"] = seen("", "", "scene")
+    return {**found, "": seen("", "", "empty")}
 
 
-def measure(kind: str, cfg: float, settings: dict[str, Any]) -> Iterator[Score]:
-    """Every statistic of every prompt under every concept's gate, in the host."""
-    import comfy.samplers
-    import torch
-
-    import nodes
-    from demo.captions import CLASSES
-
-    gating, looking = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.looking")
-    load = pack_module("unguide_comfy.erasure").load_erasure_lora
-    paper_statistic = pack_module("unguide_core.probe").paper_statistic
-    loader = nodes.CheckpointLoaderSimple()  # type: ignore[attr-defined]  # ComfyUI's nodes, not ours
-    model, clip, _ = loader.load_checkpoint(CHECKPOINT)
-    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    loras = {
-        concept: replace(load(f"unguide-demo/{kind}/{concept}.safetensors", 1.0, clip), neutral=empty)
-        for concept in CLASSES
-    }
-
-    def probed(prompt: str, statistic: str, concepts: list[str]) -> list[Any]:
-        def guider(patched: Any) -> Any:
-            made = comfy.samplers.CFGGuider(patched)
-            made.set_conds(clip.encode_from_tokens_scheduled(clip.tokenize(prompt)), empty)
-            made.set_cfg(cfg)
-            return made
-
-        chosen = looking.ProbeSettings(statistic=statistic, **settings)
-        stack = [loras[concept] for concept in concepts]
-        return gating.probe_prompt(model, stack, chosen, guider, torch.zeros(1, 4, 8, 8), everything=False)[0]
-
-    seen: dict[str, dict[str, str]] = {"": {}}
-    for concept in CLASSES:
-        for prompt, what in prompts(concept):
-            seen.setdefault(prompt, {})[concept] = what
-    # the paper compares with the empty prompt on its own trajectory: that is the empty prompt's influence
-    neutral: dict[str, tuple[float, ...]] = {}
-    for number, (prompt, kinds) in enumerate(seen.items(), start=1):
-        sys.stderr.write(f"\rprompt {number} of {len(seen)}")
-        concepts = list(kinds)
-        aligned, influenced = (probed(prompt, name, concepts) for name in ("alignment", "influence"))
-        for concept, first, second in zip(concepts, aligned, influenced, strict=True):
-            influences = second.statistics[0].prompt
-            if prompt == "":
-                neutral[concept] = influences
-            found = [first.statistics[0], second.statistics[0], paper_statistic(influences, neutral[concept])]
-            measured = "threshold" in loras[concept].adapter.card.calibration
-            either = found[0].detected or (measured and found[1].detected)
-            for one in found:
-                yield Score(concept, prompt, kinds[concept], one.name, one.score, one.threshold, one.detected)
-            yield Score(concept, prompt, kinds[concept], "auto", 0.0, 0.0, either)
+def decisions(demo: Demo, pictures: int, seed: int, look_at: int) -> Iterator[Score]:
+    """Every statistic of every picture under every concept's gate."""
+    asked = prompts()
+    settings = demo.deciding.ProbeSettings(probe_steps=look_at, schedule_steps=STEPS)
+    gate = demo.gating.Gate(settings=settings, everything=True)
+    reports: list[Any] = []
+    model = demo.gating.guided(demo.model, list(demo.loras.values()), gate, observer=reports.append)
+    started = time.perf_counter()
+    for number, (prompt, kinds) in enumerate(asked.items(), start=1):
+        demo.sample(model, prompt, pictures, seed, look_at + 2)
+        for concept, outcome in zip(demo.loras, reports.pop().outcomes, strict=True):
+            for decision in outcome.decisions if concept in kinds else ():
+                yield Score(concept, prompt, kinds[concept], PRODUCT, decision.score, decision.detected)
+                for one in decision.statistics:
+                    yield Score(concept, prompt, kinds[concept], one.name, one.score, one.detected)
+        left = (time.perf_counter() - started) * (len(asked) / number - 1)
+        sys.stderr.write(f"\rprompt {number} of {len(asked)}, {left:.0f} s left ")
     sys.stderr.write("\n")
 
 
 def area_under_curve(positive: list[float], negative: list[float]) -> float:
-    """The chance that a prompt with the concept scores above one without it."""
-    wins = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
-    return wins / (len(positive) * len(negative))
+    """The chance that a picture with the concept scores above one without it."""
+    import torch
+
+    high, low = torch.tensor(positive), torch.tensor(negative).sort().values
+    below = torch.searchsorted(low, high, right=False) + torch.searchsorted(low, high, right=True)
+    return float(below.double().mean() / 2 / len(low))
 
 
 def table(scores: list[Score]) -> str:
     """The confusion of each statistic over all concepts, in Markdown."""
     lines = [
-        "| statistic | AUC | thresholds | missed | false alarms | lowest with the concept | highest without |",
-        "|---|---|---|---|---|---|---|",
+        "| decided by | AUC | found by name or synonym | found in scenes | false alarms |",
+        "|---|---|---|---|---|",
     ]
-    for statistic in (*STATISTICS, "auto"):
+    for statistic in (PRODUCT, *STATISTICS):
         rows = [score for score in scores if score.statistic == statistic]
-        within = [score for score in rows if score.kind in SHALL_BE_FOUND]
+        words = [score.detected for score in rows if score.kind in ("name", "synonym")]
+        placed = [score.detected for score in rows if score.kind == "in a scene"]
+        within = [score.score for score in rows if score.kind in SHALL_BE_FOUND]
         without = [score for score in rows if score.kind not in SHALL_BE_FOUND]
-        missed, alarms = sum(not s.detected for s in within), sum(s.detected for s in without)
-        confusion = f"{missed} of {len(within)} | {alarms} of {len(without)}"
-        if statistic == "auto":
-            lines.append(f"| auto: alignment or a card's influence | - | - | {confusion} | - | - |")
-            continue
-        # scores of different concepts are on one scale: each is relative to its concept's own
-        auc = area_under_curve([s.score for s in within], [s.score for s in without])
-        low, high = min(s.score for s in within), max(s.score for s in without)
-        levels = sorted({s.threshold for s in rows})
-        levels_text = f"{levels[0]:g}" if len(levels) == 1 else f"{levels[0]:g} to {levels[-1]:g}"
-        lines.append(f"| {statistic} | {auc:.4f} | {levels_text} | {confusion} | {low:.2f} | {high:.2f} |")
+        auc = f"{area_under_curve(within, [score.score for score in without]):.4f}"
+        cells = [_share(words), _share(placed), _share([score.detected for score in without])]
+        lines.append(f"| {statistic} | {'-' if statistic == PRODUCT else auc} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def table_by_kind(scores: list[Score]) -> str:
-    """How many prompts of each kind each statistic detects, in Markdown."""
-    names = (*STATISTICS, "auto")
-    lines = ["| prompts | " + " | ".join(f"{name}: detected" for name in names) + " |", "|---|" + "---|" * len(names)]
+    """How many pictures of each kind each statistic takes for the concept, in Markdown."""
+    names = (PRODUCT, *STATISTICS)
+    lines = ["| prompts | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for kind in KINDS:
-        cells = []
-        for statistic in names:
-            rows = [score.detected for score in scores if score.kind == kind and score.statistic == statistic]
-            cells.append(f"{sum(rows)} of {len(rows)}")
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        found = {n: [s.detected for s in scores if s.kind == kind and s.statistic == n] for n in names}
+        lines.append(f"| {kind} | " + " | ".join(_share(found[name]) for name in names) + " |")
+    return "\n".join(lines)
+
+
+def _share(found: list[bool]) -> str:
+    return f"{sum(found)} of {len(found)} ({100 * sum(found) / max(1, len(found)):.1f} %)"
+
+
+ERASERS: dict[str, dict[str, Any]] = {
+    "restart": {"on_detection": "restart"},
+    "continue": {"on_detection": "continue"},
+    "continue, weight -1": {"on_detection": "continue", "weight": -1.0},
+    "continue, look at step 6": {"on_detection": "continue", "look_at": 6},
+    "restart, look at step 6": {"on_detection": "restart", "look_at": 6},
+}
+
+
+def erasure(demo: Demo, pictures: int, seed: int, look_at: int) -> Iterator[tuple[str, str, float, float]]:
+    """Ways to go on after a detection: name, kind of prompt, percent still shown, evaluations against plain ones."""
+    from demo.captions import CLASSES
+    from demo.classifier import classify
+
+    for name, options in ERASERS.items():
+        shown: dict[str, list[float]] = {}
+        costs: list[float] = []
+        for prompt, kinds in prompts().items():
+            concept = next((c for c, kind in kinds.items() if kind in SHALL_BE_FOUND), None)
+            if concept is None:
+                continue
+            settings = demo.deciding.ProbeSettings(
+                probe_steps=options.get("look_at", look_at),
+                schedule_steps=STEPS,
+                weight_detected=options.get("weight", 0.0),
+            )
+            reports: list[Any] = []
+            gate = demo.gating.Gate(settings=settings, on_detection=options["on_detection"])
+            model = demo.gating.guided(demo.model, [demo.loras[concept]], gate, observer=reports.append)
+            images = demo.vae.decode(demo.sample(model, prompt, pictures, seed))
+            labels = classify(images).argmax(dim=-1)
+            share = float((labels == CLASSES.index(concept)).float().mean()) * 100
+            shown.setdefault(kinds[concept], []).append(share)
+            costs.append(sum(reports[0].evaluations.values()) / reports[0].plain)
+        sys.stderr.write(f"{name} done\n")
+        for kind, shares in shown.items():
+            yield name, kind, sum(shares) / len(shares), sum(costs) / len(costs)
+
+
+def erasure_table(rows: list[tuple[str, str, float, float]]) -> str:
+    """Percent of pictures that still show the concept, in Markdown."""
+    lines = ["| on detection | name | synonyms | in scenes | evaluations |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(row[0] for row in rows):
+        shown = {kind: share for other, kind, share, _ in rows if other == name}
+        cost = next(cost for other, _, _, cost in rows if other == name)
+        cells = " | ".join(f"{shown[kind]:.1f} %" for kind in SHALL_BE_FOUND)
+        lines.append(f"| {name} | {cells} | {cost:.2f}x |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--set", default="selective")
-    parser.add_argument("--cfg", type=float, default=4.0)
+    parser.add_argument("--set", default="selective", choices=("selective", "paper"))
+    parser.add_argument("--part", nargs="+", default=["decisions"], choices=("decisions", "erasure"))
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--repeats", type=int)
-    parser.add_argument("--probe-steps", type=int)
+    parser.add_argument("--pictures", type=int, default=20, help="noises for each prompt")
+    parser.add_argument("--look-at", type=int, default=3, help=f"step of {STEPS}")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     start_host()
     import torch
 
-    chosen = {"seed": arguments.seed, "repeats": arguments.repeats, "probe_steps": arguments.probe_steps}
+    torch.set_flush_denormal(True)
     with torch.inference_mode():
-        scores = list(measure(arguments.set, arguments.cfg, {k: v for k, v in chosen.items() if v is not None}))
-    if arguments.json:
-        arguments.json.write_text(json.dumps([vars(score) for score in scores], indent=1))
-    sys.stdout.write(f"Erasure LoRAs: {arguments.set}\n\n{table(scores)}\n\n{table_by_kind(scores)}\n")
+        demo = Demo(arguments.set)
+        chosen = (arguments.pictures, arguments.seed, arguments.look_at)
+        sys.stdout.write(f"Erasure LoRAs: {arguments.set}\n\n")
+        if "decisions" in arguments.part:
+            scores = list(decisions(demo, *chosen))
+            sys.stdout.write(f"{table(scores)}\n\n{table_by_kind(scores)}\n")
+            if arguments.json:
+                arguments.json.write_text(json.dumps([vars(score) for score in scores], indent=1))
+        if "erasure" in arguments.part:
+            sys.stdout.write(f"\n{erasure_table(list(erasure(demo, *chosen)))}\n")
 
 
 if __name__ == "__main__":

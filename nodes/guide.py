@@ -5,15 +5,15 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..unguide_comfy.erasure import ErasureLora
-from ..unguide_comfy.gating import CONTINUE, Gate, guided
-from ..unguide_comfy.looking import ProbeSettings
+from ..unguide_comfy.gating import guided
 from ..unguide_core.probe import Decision
 from .wires import (
     DecisionWire,
     erasure_lora_input,
+    gate_from,
+    gate_inputs,
     gate_mode_input,
     neutral_input,
-    on_detection_input,
     probe_inputs,
     schema,
     weight_inputs,
@@ -45,7 +45,7 @@ class UnGuideModel(io.ComfyNode):
                     tooltip="A decision from Stability Probe for this model and erasure LoRA, used instead of a probe.",
                 ),
                 *probe_inputs(),
-                on_detection_input(),
+                *gate_inputs(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model, for any sampler node.")],
         )
@@ -60,11 +60,10 @@ class UnGuideModel(io.ComfyNode):
         weight_otherwise: float,
         neutral: Any = None,
         decision: tuple[Decision, ...] | None = None,
-        on_detection: str = CONTINUE,
-        **probe: Any,
+        **options: Any,
     ) -> io.NodeOutput:
-        settings = ProbeSettings(weight_detected=weight_detected, weight_otherwise=weight_otherwise, **probe)
-        return io.NodeOutput(guided(model, erasure_lora, Gate(gate_mode, settings, neutral, on_detection), decision))
+        gate = gate_from(options, neutral, weight_detected, weight_otherwise, gate_mode)
+        return io.NodeOutput(guided(model, erasure_lora, gate, decision))
 
 
 NODES = [UnGuideModel]

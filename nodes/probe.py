@@ -6,10 +6,12 @@ import comfy.sample
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..unguide_comfy.deciding import ProbeSettings
 from ..unguide_comfy.erasure import ErasureLora
-from ..unguide_comfy.gating import leading, probe_prompt
-from ..unguide_comfy.looking import ProbeSettings
-from ..unguide_comfy.reporting import report_json, report_plot
+from ..unguide_comfy.gating import probe_prompt
+from ..unguide_comfy.outcomes import leading
+from ..unguide_comfy.plotting import report_plot
+from ..unguide_comfy.reporting import report_json
 from .wires import DecisionWire, erasure_lora_input, neutral_input, probe_inputs, schema, weight_inputs
 
 

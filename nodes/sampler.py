@@ -8,14 +8,16 @@ from comfy_api.latest import io
 import nodes as host_nodes
 
 from ..unguide_comfy.erasure import ErasureLora
-from ..unguide_comfy.gating import CONTINUE, Gate, RunReport, guided
-from ..unguide_comfy.looking import ProbeSettings
-from ..unguide_comfy.reporting import report_json, report_plot
+from ..unguide_comfy.gating import guided
+from ..unguide_comfy.outcomes import RunReport
+from ..unguide_comfy.plotting import report_plot
+from ..unguide_comfy.reporting import report_json
 from .wires import (
     erasure_lora_input,
+    gate_from,
+    gate_inputs,
     gate_mode_input,
     neutral_input,
-    on_detection_input,
     probe_inputs,
     schema,
     weight_inputs,
@@ -78,7 +80,7 @@ class UnGuideSampler(io.ComfyNode):
                 gate_mode_input(),
                 *weight_inputs(),
                 *probe_inputs(),
-                on_detection_input(),
+                *gate_inputs(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The denoised latent."),
@@ -105,16 +107,15 @@ class UnGuideSampler(io.ComfyNode):
         weight_detected: float,
         weight_otherwise: float,
         neutral: Any = None,
-        on_detection: str = CONTINUE,
-        **probe: Any,
+        **options: Any,
     ) -> io.NodeOutput:
-        settings = ProbeSettings(weight_detected=weight_detected, weight_otherwise=weight_otherwise, **probe)
+        gate = gate_from(options, neutral, weight_detected, weight_otherwise, gate_mode)
         reports: list[RunReport] = []
-        patched = guided(model, erasure_lora, Gate(gate_mode, settings, neutral, on_detection), observer=reports.append)
+        patched = guided(model, erasure_lora, gate, observer=reports.append)
         (latent,) = host_nodes.common_ksampler(  # type: ignore[attr-defined]
             patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
-        report = reports[-1] if reports else RunReport((), {}, 0.0)
+        report = reports[-1] if reports else RunReport((), {}, 0.0, 0.0)
         return io.NodeOutput(latent, report_plot(report), report_json(report))
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..unguide_comfy.gating import CONTINUE, MODES, ON_DETECTION, PROBE
-from ..unguide_comfy.looking import AUTO, ProbeSettings
-from ..unguide_core.probe import STATISTICS
+from ..unguide_comfy.deciding import AUTO, ProbeSettings
+from ..unguide_comfy.gating import ON_DETECTION, Gate
+from ..unguide_comfy.outcomes import MODES
+from ..unguide_core.probe import POLICIES, STATISTICS
 
 CATEGORY = "UnGuide"
 
@@ -15,6 +16,7 @@ ErasureLoraWire = io.Custom("ERASURE_LORA")
 DecisionWire = io.Custom("UNGUIDE_DECISION")
 
 DEFAULTS = ProbeSettings()
+GATE = Gate()
 
 
 def schema(**fields: Any) -> io.Schema:
@@ -51,21 +53,49 @@ def gate_mode_input() -> Any:
     return io.Combo.Input(
         "gate_mode",
         options=list(MODES),
-        default=PROBE,
-        tooltip="probe: decides per prompt, before the first step. trajectory: looks at the picture's own first steps "
-        "and decides for each picture of a batch; nearly free. fixed: always uses weight_detected.",
+        default=GATE.mode,
+        tooltip="trajectory: looks at the picture's own first steps and decides for each picture of a batch; nearly "
+        "free. probe: decides per prompt, before the first step. official: as the paper's code does, its schedule and "
+        "weights (-1, 2) included; slow. fixed: always uses weight_detected.",
     )
 
 
-def on_detection_input() -> Any:
-    return advanced(
-        io.Combo,
-        "on_detection",
-        options=list(ON_DETECTION),
-        default=CONTINUE,
-        tooltip="In the gate mode 'trajectory', when the concept is found: continue erasing from the next step on, or "
-        "restart the picture from the first step.",
-    )
+def gate_inputs() -> list[Any]:
+    return [
+        advanced(
+            io.Combo,
+            "on_detection",
+            options=list(ON_DETECTION),
+            default=GATE.on_detection,
+            tooltip="In the gate mode 'trajectory', when the concept is found: continue erasing from the next step on, "
+            "or restart the picture from the first step.",
+        ),
+        advanced(
+            io.Int,
+            "look_again",
+            default=GATE.look_again,
+            min=0,
+            max=1000,
+            tooltip="In the gate mode 'trajectory', steps after which to look again where nothing was found, for "
+            "concepts that show up late. One evaluation each; 0 looks once.",
+        ),
+        advanced(
+            io.Boolean,
+            "low_memory",
+            default=GATE.low_memory,
+            tooltip="Compute base and adapted predictions one after the other. They share a forward only where memory "
+            "allows anyway; this forbids it.",
+        ),
+    ]
+
+
+def gate_from(
+    options: dict[str, Any], neutral: Any, weight_detected: float, weight_otherwise: float, gate_mode: str
+) -> Gate:
+    """The gate that a node's inputs describe; API clients may leave out the advanced ones."""
+    of_gate = {name: options.pop(name) for name in ("on_detection", "look_again", "low_memory") if name in options}
+    settings = ProbeSettings(weight_detected=weight_detected, weight_otherwise=weight_otherwise, **options)
+    return Gate(gate_mode, settings, neutral, **of_gate)
 
 
 def weight_inputs() -> list[Any]:
@@ -98,10 +128,10 @@ def probe_inputs() -> list[Any]:
             "statistic",
             options=[AUTO, *STATISTICS],
             default=DEFAULTS.statistic,
-            tooltip="What decides. alignment: does the prompt pull the picture where the concept's own prompt pulls "
-            "it. influence: the LoRA's effect on the prompt relative to its effect on the concept. paper: its effect "
-            "against that on the neutral prompt. auto: alignment or influence, whichever finds it, as far as inputs "
-            "and card allow.",
+            tooltip="What decides. influence: the LoRA's effect on the prompt relative to its effect on the concept. "
+            "patch: the same where it is strongest. alignment: does the prompt pull the picture where the concept's "
+            "own prompt pulls it. paper: the effect against that on the neutral prompt. auto: influence where the "
+            "LoRA's card is calibrated for it, else alignment.",
         ),
         advanced(
             io.Float,
@@ -110,8 +140,8 @@ def probe_inputs() -> list[Any]:
             min=0.0,
             max=100.0,
             step=0.01,
-            tooltip="Score from which on the concept counts as found. 0 takes the LoRA card's own, or the statistic's "
-            "default, which was measured over ten concepts.",
+            tooltip="Score from which on the concept counts as found. 0 takes that of the LoRA card's calibration, or "
+            "the statistic's default.",
         ),
         advanced(
             io.Int,
@@ -119,7 +149,8 @@ def probe_inputs() -> list[Any]:
             default=DEFAULTS.repeats,
             min=1,
             max=64,
-            tooltip="Noise seeds that the probe averages over, computed as one batch. More is steadier and slower.",
+            tooltip="Noise seeds that the modes 'probe' and 'official' average over, computed as one batch. More is "
+            "steadier and slower.",
         ),
         advanced(
             io.Int,
@@ -127,7 +158,8 @@ def probe_inputs() -> list[Any]:
             default=DEFAULTS.probe_steps,
             min=1,
             max=999,
-            tooltip="Denoising steps before the probe looks. About a tenth of the schedule is enough.",
+            tooltip="Denoising steps before the look, of schedule_steps: at this noise level. About a tenth of the "
+            "schedule is enough.",
         ),
         advanced(
             io.Int,
@@ -135,6 +167,24 @@ def probe_inputs() -> list[Any]:
             default=DEFAULTS.schedule_steps,
             min=2,
             max=1000,
-            tooltip="Steps of the probe's own schedule, of which it takes the first probe_steps.",
+            tooltip="Steps of the schedule that probe_steps are the first of; your sampler may take any other number.",
+        ),
+        advanced(
+            io.Combo,
+            "policy",
+            options=list(POLICIES),
+            default=DEFAULTS.policy,
+            tooltip="binary: one of the two weights. smooth: from weight_otherwise at the threshold to weight_detected "
+            "where the detection is beyond doubt.",
+        ),
+        advanced(
+            io.Float,
+            "false_alarm_rate",
+            default=DEFAULTS.false_alarm_rate,
+            min=0.001,
+            max=0.3,
+            step=0.001,
+            tooltip="Share of unrelated prompts that may be taken for the concept, where the LoRA's card is "
+            "calibrated. Higher finds more.",
         ),
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_management
@@ -33,15 +33,19 @@ class Run:
         layers: for each adapter {module path: LowRank}, as matched with the model.
         weights: for each adapter the base model's weight in the blend, one number or one per sample, [B].
         evaluated: rows that the network has computed, by kind ("base", "adapted").
-        batchable: whether base and adapted rows may share a forward; found out on the way.
-        watch: what looks at the run while it goes on (`watching.Watch`), None once it has decided.
+        asked_for: rows that the sampler asked for: what plain sampling would have computed.
+        batchable: whether base and adapted rows may share a forward; found out on the way, or forbidden.
+        watch: what looks at the run while it goes on (`watching.Watch`), None where nothing does.
+        looking: within a look, which adapter computes each conditioning of the call, None for the base model.
     """
 
     layers: tuple[Mapping[str, LowRank], ...]
     weights: list[Weight] = field(default_factory=list)
     evaluated: dict[str, int] = field(default_factory=lambda: {"base": 0, "adapted": 0})
+    asked_for: int = 0
     batchable: bool = True
     watch: Any = None
+    looking: tuple[int | None, ...] | None = None
     _modules: dict[int, dict[str, torch.nn.Module]] = field(default_factory=dict, repr=False)
     _cast: dict[tuple[int, torch.device, torch.dtype], Mapping[str, LowRank]] = field(default_factory=dict, repr=False)
 
@@ -53,21 +57,21 @@ class Run:
         return [i for i, weight in enumerate(self.weights) if not _is(weight, 1.0)]
 
     @contextmanager
-    def weighted(self, weights: Sequence[Weight]) -> Iterator[None]:
-        """Other weights within the block."""
-        before, self.weights = self.weights, list(weights)
+    def predicting(self, adapters: Sequence[int | None]) -> Iterator[None]:
+        """Within the block nothing blends: each conditioning of a call is computed by the adapter given for it.
+
+        Args:
+            adapters: one per conditioning, None for the base model, bit for bit.
+        """
+        before, self.looking = self.looking, tuple(adapters)
         try:
             yield
         finally:
-            self.weights = before
+            self.looking = before
 
     def base_only(self) -> AbstractContextManager[None]:
-        """Within the block the model is the base model, bit for bit."""
-        return self.weighted([1.0] * len(self.layers))
-
-    def adapted_only(self, index: int) -> AbstractContextManager[None]:
-        """Within the block the model is the one that adapter `index` makes of it."""
-        return self.weighted([0.0 if i == index else 1.0 for i in range(len(self.layers))])
+        """Within the block the model is the base model, for guided predictions of two conditionings as well."""
+        return self.predicting(())
 
     def modules(self, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """The model's modules by path; a model on a second device has its own."""
@@ -105,6 +109,9 @@ def blended_prediction(
             "the model carries UnGuide, and was called outside a sampling run, so no gate has decided; "
             "sample it with a node that uses ComfyUI's guiders (KSampler, SamplerCustom, SamplerCustomAdvanced, ...)"
         )
+    if run.looking is not None:
+        return _predicted(call, run, run.looking)
+    run.asked_for += call.rows
     active = run.active()
     if not active:
         run.evaluated["base"] += call.rows
@@ -118,6 +125,26 @@ def blended_prediction(
     run.evaluated["adapted"] += call.rows * len(active)
     base, *adapted = _predictions(call, run, active)
     return blend_many(base, adapted, [run.weights[i] for i in active])
+
+
+def _predicted(call: Call, run: Run, adapters: Sequence[int | None]) -> torch.Tensor:
+    """What a look asks for: each conditioning of the call by the base model or by the adapter meant for it."""
+    numbers = call.options.get("cond_or_uncond", (0,))
+    chosen = [adapters[number] if adapters else None for number in numbers]
+    # packs that tell cond from uncond by this list know no third conditioning
+    call = replace(call, options={**call.options, "cond_or_uncond": [0 if adapters else n for n in numbers]})
+    adapted = sum(adapter is not None for adapter in chosen) * call.samples
+    run.evaluated["adapted"] += adapted
+    run.evaluated["base"] += call.rows - adapted
+    if not adapted:
+        return call.plain()
+    if chosen[0] is not None and len(set(chosen)) == 1:
+        return call.adapted(run, chosen[0])
+    try:
+        return call.mixed(run, chosen)
+    except NotBatchable:
+        parts = [(call.one_of(number), adapter) for number, adapter in enumerate(chosen)]
+        return torch.cat([part.plain() if i is None else part.adapted(run, i) for part, i in parts])
 
 
 def _predictions(call: Call, run: Run, active: Sequence[int]) -> Sequence[torch.Tensor]:
@@ -182,9 +209,25 @@ class Call:
 
     def adapted(self, run: Run, index: int) -> torch.Tensor:
         """The network with adapter `index`, all rows."""
-        options = {**self.options, "uuids": _derived(self.options.get("uuids"), index)}
+        options = dict(self.options)
+        if options.get("uuids") is not None:
+            options["uuids"] = [_derived(u, index) for u in options["uuids"]]
         layers = run.cast(index, self.latent[0], self.dtype)
         with adapted_rows(run.modules(self.model), [(slice(None), layers)], self.rows):
+            return self.executor(*self.latent, *self.conditioning, _copied(self.control), options, **self.extra)
+
+    def mixed(self, run: Run, adapters: Sequence[int | None]) -> torch.Tensor:
+        """One forward, each conditioning's rows with the adapter given for it."""
+        groups = [
+            (slice(n * self.samples, (n + 1) * self.samples), run.cast(i, self.latent[0], self.dtype))
+            for n, i in enumerate(adapters)
+            if i is not None
+        ]
+        uuids = self.options.get("uuids")
+        options = dict(self.options)
+        if uuids is not None:
+            options["uuids"] = [u if i is None else _derived(u, i) for u, i in zip(uuids, adapters, strict=True)]
+        with adapted_rows(run.modules(self.model), groups, self.rows):
             return self.executor(*self.latent, *self.conditioning, _copied(self.control), options, **self.extra)
 
     def batched(self, run: Run, active: Sequence[int]) -> Sequence[torch.Tensor]:
@@ -198,7 +241,7 @@ class Call:
         uuids = self.options.get("uuids")
         options = dict(self.options)
         if uuids is not None:
-            options["uuids"] = [*uuids, *(derived for i in active for derived in _derived(uuids, i) or ())]
+            options["uuids"] = [*uuids, *(_derived(u, i) for i in active for u in uuids)]
         if "cond_or_uncond" in options:
             options["cond_or_uncond"] = list(options["cond_or_uncond"]) * copies
         groups = [
@@ -226,6 +269,12 @@ class Call:
             chosen(self.extra),
         )
 
+    def one_of(self, number: int) -> Call:
+        """The call for one of its conditionings."""
+        rows = torch.arange(number * self.samples, (number + 1) * self.samples)
+        lists = {k: [self.options[k][number]] for k in ("cond_or_uncond", "uuids") if self.options.get(k)}
+        return replace(self.only(rows), options={**self.options, **lists})
+
     def fits(self, copies: int) -> bool:
         """Whether a forward of `copies` times the rows fits, by the host's own estimate and margin."""
         shape = [self.rows * copies, *self.latent[0].shape[1:]]
@@ -237,9 +286,9 @@ def _is(weight: Weight, value: float) -> bool:
     return bool((weight == value).all()) if isinstance(weight, torch.Tensor) else weight == value
 
 
-def _derived(uuids: Sequence[uuid.UUID] | None, index: int) -> list[uuid.UUID] | None:
-    """Other uuids for an adapter's rows, so that caches that other packs key by uuid do not mix."""
-    return None if uuids is None else [uuid.uuid5(u, f"unguide {index}") for u in uuids]
+def _derived(own: uuid.UUID, index: int) -> uuid.UUID:
+    """Another uuid for an adapter's rows, so that caches that other packs key by uuid do not mix."""
+    return uuid.uuid5(own, f"unguide {index}")
 
 
 def _copied(value: Any) -> Any:

@@ -6,32 +6,30 @@ wrapper then uses the weights in every step. The state of a run lives in an obje
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
 from ..unguide_core.adapter import LowRank
 from ..unguide_core.probe import Decision
 from .blending import Run, Weight, blended_prediction
+from .context import Context, carrying
+from .deciding import Found, Judge, ProbeSettings
 from .erasure import Conditioning, ErasureLora
 from .identity import model_key
-from .looking import Context, Look, ProbeSettings, carrying
+from .looking import Look
 from .matching import match_layers
-from .probing import Probe, ProbeSampler, probe_sigmas
+from .official import OfficialSampling, Start, decide_officially
+from .outcomes import FIXED, MODES, OFFICIAL, PROBE, TRAJECTORY, Outcome, RunReport, show
+from .probing import ProbeSampler, look_ahead, probe_sigmas
 from .watching import Restart, Watch, watched_conditionals
 
-log = logging.getLogger(__name__)
-
 KEY = "unguide"
-PROBE, TRAJECTORY, FIXED = "probe", "trajectory", "fixed"
-MODES = (PROBE, TRAJECTORY, FIXED)
 CONTINUE, RESTART = "continue", "restart"
 ON_DETECTION = (CONTINUE, RESTART)
 
@@ -41,23 +39,34 @@ class Gate:
     """When and how an erasure LoRA's weight is chosen.
 
     Args:
-        mode: "probe" decides before the first step; "trajectory" during sampling, at the noise level where the probe
-            would look, sample by sample; "fixed" always uses `settings.weight_detected`.
+        mode: "trajectory" decides during sampling, at the noise level where the probe would look, sample by sample;
+            "probe" before the first step, on trajectories of its own; "official" as the research code does, schedule
+            and weights included; "fixed" always uses `settings.weight_detected`.
         settings: of the probe, and the two weights.
         neutral: the neutral prompt's conditioning, None for the erasure LoRA's own.
         on_detection: of the mode "trajectory": "continue" after the step of the decision, or "restart" from the first.
+        look_again: of the mode "trajectory": steps after which to look again where nothing was found; 0 looks once.
+        low_memory: never compute base and adapted rows in one forward.
+        start: of the mode "official": what its probe otherwise draws at random.
+        everything: take all statistics that the inputs allow, also those that cost more.
     """
 
-    mode: str = PROBE
+    mode: str = TRAJECTORY
     settings: ProbeSettings = field(default_factory=ProbeSettings)
     neutral: Conditioning | None = None
     on_detection: str = CONTINUE
+    look_again: int = 0
+    low_memory: bool = False
+    start: Start | None = None
+    everything: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"unknown gate mode {self.mode!r}; expected one of {', '.join(MODES)}")
         if self.on_detection not in ON_DETECTION:
             raise ValueError(f"unknown on_detection {self.on_detection!r}; expected one of {', '.join(ON_DETECTION)}")
+        if self.look_again < 0:
+            raise ValueError(f"look_again is {self.look_again}; expected 0 (look once) or a number of steps")
 
 
 @dataclass(frozen=True)
@@ -72,49 +81,6 @@ class Branch:
     layers: dict[str, LowRank]
     gate: Gate
     decision: Decision | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one sampling run did with one erasure LoRA.
-
-    Args:
-        decisions: one for the whole batch, or one per sample; empty in the gate mode "fixed", and where sampling ended
-            before the noise level of the decision.
-        weights: the base model's in the blend, likewise.
-    """
-
-    lora: str
-    concept: str
-    mode: str
-    decisions: tuple[Decision, ...]
-    weights: tuple[float, ...]
-
-    @property
-    def decision(self) -> Decision | None:
-        """The decision that says most: of the sample that carries the concept most."""
-        return leading(self.decisions) if self.decisions else None
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """What one sampling run did, and what it cost.
-
-    Args:
-        outcomes: one per erasure LoRA.
-        evaluations: UNet evaluations per latent of the batch, by kind: "base" and "adapted" of the sampling itself,
-            "probe" of the gates, "wasted" of a run that began again. One evaluation: one latent, one conditioning.
-        seconds: wall time of gates and sampling.
-    """
-
-    outcomes: tuple[Outcome, ...]
-    evaluations: dict[str, float]
-    seconds: float
-
-
-def leading(decisions: Sequence[Decision]) -> Decision:
-    """Of several decisions the one that found something, with the highest score."""
-    return max(decisions, key=lambda decision: (decision.detected, decision.score))
 
 
 Observer = Callable[[RunReport], None]
@@ -185,16 +151,16 @@ def probe_prompt(
     base, _ = without_gates(model)
     run = Run(tuple(matched(lora, base) for lora in loras))
     base.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, blended_prediction)
-    sampler = ProbeSampler(run, loras, settings, neutral, everything)
+    sampler = ProbeSampler(run, model_key(base), loras, settings, neutral, everything)
     one = latent[:1]
     guider(base).sample(torch.zeros_like(one), one, sampler, torch.ones(2), seed=settings.seed)
-    decisions = [replace(decision, model_key=model_key(base)) for decision in sampler.decisions]
     outcomes = tuple(
-        Outcome(lora.name, lora.concept_prompt, PROBE, (decision,), (decision.weight,))
-        for lora, decision in zip(loras, decisions, strict=True)
+        Outcome(lora.name, lora.concept_prompt, PROBE, found.decisions, (found.decisions[0].weight,), found)
+        for lora, found in zip(loras, sampler.found, strict=True)
     )
-    report = RunReport(outcomes, {"probe": float(sum(run.evaluated.values()))}, time.perf_counter() - started)
-    return decisions, report
+    evaluations = {"probe": float(sum(run.evaluated.values()))}
+    report = RunReport(outcomes, evaluations, 0.0, time.perf_counter() - started)
+    return [found.decisions[0] for found in sampler.found], report
 
 
 class GatedSampling:
@@ -218,19 +184,42 @@ class GatedSampling:
     ) -> torch.Tensor:
         """The sampled latent; the host's signature of a `SAMPLER_SAMPLE` wrapper."""
         started = time.perf_counter()
-        run = Run(tuple(branch.layers for branch in self.branches))
+        run = Run(
+            tuple(branch.layers for branch in self.branches),
+            batchable=not any(branch.gate.low_memory for branch in self.branches),
+        )
         extra_args = carrying(extra_args, run)
-        context = Context(guider, run, extra_args["model_options"], latent_image, denoise_mask)
+        key = model_key(guider.model_patcher)
+        context = Context(guider, run, extra_args["model_options"], key, latent_image, denoise_mask)
         gates = GatedRun(self.branches, context)
+
+        def sample() -> torch.Tensor:
+            if not gates.official:
+                gates.watch(sigmas)
+                return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+            run_of = OfficialSampling.replacing(context, sigmas, noise, latent_image)
+            return run_of.finished(
+                executor(
+                    guider,
+                    run_of.sigmas,
+                    extra_args,
+                    callback,
+                    run_of.noise,
+                    latent_image,
+                    denoise_mask,
+                    disable_pbar,
+                )
+            )
+
         gates.decide_before(noise.shape)
-        gates.decide_during()
         random = torch.get_rng_state()
         try:
-            latent = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+            latent = sample()
         except Restart:
             torch.set_rng_state(random)
             gates.account("wasted")
-            latent = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+            latent = sample()
+        show(gates.outcomes(), finished=True)
         if self.observer is not None:
             self.observer(gates.report(noise.shape[0], time.perf_counter() - started))
         return latent
@@ -241,10 +230,13 @@ class GatedRun:
 
     def __init__(self, branches: Sequence[Branch], context: Context):
         self.branches, self.context, self.run = branches, context, context.run
+        self.found: list[Found | None] = [None] * len(branches)
         self.decisions: list[tuple[Decision, ...]] = [
             () if branch.decision is None else (branch.decision,) for branch in branches
         ]
+        self.steps: list[int | None] = [None] * len(branches)
         self.spent = {"probe": 0, "wasted": 0}
+        self.restarted = False
         self.run.weights = [
             branch.gate.settings.weight_detected if branch.gate.mode == FIXED else 1.0 for branch in branches
         ]
@@ -252,70 +244,129 @@ class GatedRun:
             if decisions:
                 self.run.weights[index] = decisions[0].weight
 
+    @property
+    def official(self) -> bool:
+        """Whether the official schedule replaces the run's."""
+        return any(branch.gate.mode == OFFICIAL for branch in self.branches)
+
     def undecided(self, mode: str) -> list[int]:
         """The branches of a gate mode that still wait for a decision."""
         return [i for i, branch in enumerate(self.branches) if branch.gate.mode == mode and not self.decisions[i]]
 
     def decide_before(self, shape: Sequence[int]) -> None:
-        """Decides the branches of the mode "probe"; those with equal settings share one probe."""
-        self._decide(
-            self.undecided(PROBE),
-            lambda settings, neutral: Probe(self.context, settings, shape[1:], neutral),
-            lambda look, index: (look.decide(index, self.branches[index].lora),),
-        )
-        if not self.undecided(TRAJECTORY):
-            show(self.outcomes())
-
-    def decide_during(self) -> None:
-        """Lets the sampling run be watched for the branches of the mode "trajectory"."""
-        waiting = self.undecided(TRAJECTORY)
-        if waiting:
-            model = self.context.guider.inner_model
-            sigma = max(float(probe_sigmas(model, self.branches[i].gate.settings)[-1]) for i in waiting)
-            self.run.watch = Watch(self.context, sigma, self._decide_at)
-
-    def _decide_at(self, look_at: Callable[..., Look]) -> None:
-        """Decides, sample by sample, at the sampling run's own latent. Raises: Restart, where a gate wants that."""
-        waiting = self.undecided(TRAJECTORY)
-        self._decide(waiting, look_at, lambda look, index: look.decide_each(index, self.branches[index].lora))
+        """Decides the branches of the modes "probe" and "official"; those with equal settings share one probe."""
+        for indices in self._alike(self.undecided(PROBE)):
+            gate = self.branches[indices[0]].gate
+            with self._probing():
+                judge = Judge(self.context, gate.settings, gate.neutral, gate.everything)
+                look = look_ahead(self.context, gate.settings, shape[1:])
+                self._take(indices, judge.decide(look, self._loras(indices)))
+        for indices in self._alike(self.undecided(OFFICIAL)):
+            gate = self.branches[indices[0]].gate
+            with self._probing():
+                loras, drawn = self._loras(indices), gate.start
+                found = decide_officially(self.context, gate.settings, shape[1:], loras, gate.neutral, drawn)
+                self._take(indices, found)
         show(self.outcomes())
-        found = [i for i in waiting if leading(self.decisions[i]).detected]
-        if any(self.branches[i].gate.on_detection == RESTART for i in found):
-            raise Restart
 
-    def _decide(
-        self,
-        indices: Sequence[int],
-        look_at: Callable[[ProbeSettings, Conditioning | None], Look],
-        decide: Callable[[Look, int], tuple[Decision, ...]],
-    ) -> None:
+    def watch(self, sigmas: torch.Tensor) -> None:
+        """Lets a sampling run be watched for the branches of the mode "trajectory"."""
+        waiting = self._open()
+        if not waiting:
+            return
+        gates = [self.branches[i].gate for i in waiting]
+        level = max(float(probe_sigmas(self.context, gate.settings)[-1]) for gate in gates)
+        again = [gate.look_again for gate in gates if gate.look_again]
+        self.run.watch = Watch(self.context, sigmas, level, min(again, default=0), self._decide_at)
+        if any(self.decisions[i] for i in waiting):  # a run that began again has had its first look
+            self.run.watch.next_step = max(step for step in self.steps if step is not None) + self.run.watch.again
+
+    def _open(self) -> list[int]:
+        """The watched branches that wait for their decision, or may look again."""
+        return [
+            i
+            for i, branch in enumerate(self.branches)
+            if branch.gate.mode == TRAJECTORY
+            and branch.decision is None
+            and (not self.decisions[i] or (branch.gate.look_again and not all(d.detected for d in self.decisions[i])))
+        ]
+
+    def _decide_at(self, look: Look, step: int) -> bool:
+        """Decides, sample by sample, at the sampling run's own latent; returns whether anything is left to decide.
+
+        Raises: Restart, where a gate wants that.
+        """
+        waiting, before = self._open(), list(self.decisions)
+        for indices in self._alike(waiting):
+            gate = self.branches[indices[0]].gate
+            with self._probing():
+                judge = Judge(self.context, gate.settings, gate.neutral, gate.everything, by_sample=True)
+                self._take(indices, judge.decide(look, self._loras(indices)), step)
+        show(self.outcomes())
+        newly = [i for i in waiting if _detected(self.decisions[i]) > _detected(before[i])]
+        if not self.restarted and any(self.branches[i].gate.on_detection == RESTART for i in newly):
+            self.restarted = True
+            raise Restart
+        return bool(self._open())
+
+    def _alike(self, indices: Sequence[int]) -> list[list[int]]:
+        """The branches by their gate's settings and neutral prompt."""
+        groups: dict[tuple[ProbeSettings, int], list[int]] = {}
+        for i in indices:
+            gate = self.branches[i].gate
+            groups.setdefault((gate.settings, id(gate.neutral)), []).append(i)
+        return list(groups.values())
+
+    def _loras(self, indices: Sequence[int]) -> list[tuple[int, ErasureLora]]:
+        return [(i, self.branches[i].lora) for i in indices]
+
+    def _take(self, indices: Sequence[int], found: Sequence[Found], step: int | None = None) -> None:
+        """Takes decisions over; of a sample that was detected before, that one stays."""
+        for index, new in zip(indices, found, strict=True):
+            old = self.decisions[index]
+            kept = [a if a.detected else b for a, b in zip(old, new.decisions, strict=True)] if old else new.decisions
+            if _detected(kept) > _detected(old) or not old:
+                self.found[index], self.steps[index] = new, step
+            self.decisions[index] = tuple(kept)
+            self.run.weights[index] = _as_weight([decision.weight for decision in kept])
+
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        """Books what is evaluated within the block under "probe"."""
         before = dict(self.run.evaluated)
-        looks: dict[tuple[ProbeSettings, int], Look] = {}
-        for index in indices:
-            gate = self.branches[index].gate
-            key = (gate.settings, id(gate.neutral))
-            if key not in looks:
-                looks[key] = look_at(gate.settings, gate.neutral)
-            self.decisions[index] = decide(looks[key], index)
-        for index in indices:
-            self.run.weights[index] = _as_weight([decision.weight for decision in self.decisions[index]])
-        self.spent["probe"] += sum(self.run.evaluated.values()) - sum(before.values())
-        self.run.evaluated = before
+        try:
+            yield
+        finally:
+            self.spent["probe"] += sum(self.run.evaluated.values()) - sum(before.values())
+            self.run.evaluated = before
 
     def account(self, kind: str) -> None:
         """Books what the run has evaluated so far under another kind."""
         self.spent[kind] += sum(self.run.evaluated.values())
         self.run.evaluated = dict.fromkeys(self.run.evaluated, 0)
+        self.run.asked_for = 0
 
     def outcomes(self) -> tuple[Outcome, ...]:
         return tuple(
-            Outcome(branch.lora.name, branch.lora.concept_prompt, branch.gate.mode, decisions, _weights(weight))
-            for branch, decisions, weight in zip(self.branches, self.decisions, self.run.weights, strict=True)
+            Outcome(
+                branch.lora.name,
+                branch.lora.concept_prompt,
+                branch.gate.mode,
+                self.decisions[i],
+                _weights(self.run.weights[i]),
+                self.found[i],
+                self.steps[i],
+            )
+            for i, branch in enumerate(self.branches)
         )
 
     def report(self, samples: int, seconds: float) -> RunReport:
         spent = {kind: rows / samples for kind, rows in {**self.run.evaluated, **self.spent}.items()}
-        return RunReport(self.outcomes(), spent, seconds)
+        return RunReport(self.outcomes(), spent, self.run.asked_for / samples, seconds)
+
+
+def _detected(decisions: Sequence[Decision]) -> int:
+    return sum(decision.detected for decision in decisions)
 
 
 def _as_weight(weights: Sequence[float]) -> Weight:
@@ -325,30 +376,6 @@ def _as_weight(weights: Sequence[float]) -> Weight:
 
 def _weights(weight: Weight) -> tuple[float, ...]:
     return tuple(weight.tolist()) if isinstance(weight, torch.Tensor) else (weight,)
-
-
-def show(outcomes: Sequence[Outcome]) -> None:
-    """Says what was decided, in the log and on the node that is being executed."""
-    lines = [summary(outcome) for outcome in outcomes]
-    for line in lines:
-        log.info("UnGuide: %s", line)
-    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
-    if context is not None and server is not None:
-        server.send_progress_text("\n".join(lines), context.node_id)
-
-
-def summary(outcome: Outcome) -> str:
-    """The outcome in one line, for a log or a node's status."""
-    decision = outcome.decision
-    weights = ", ".join(f"{weight:g}" for weight in outcome.weights)
-    if decision is None:
-        how = "fixed" if outcome.mode == FIXED else "no decision, sampling ended above its noise level:"
-        return f"{outcome.lora}: {how} weight {weights}"
-    found = "concept found" if decision.detected else "nothing found"
-    return (
-        f"{outcome.lora}: {found}, {decision.statistic} {decision.score:.3f} (threshold {decision.threshold:g}), "
-        f"weight {weights}"
-    )
 
 
 def _check_decisions(decisions: Sequence[Decision], loras: Sequence[ErasureLora], model: Any) -> None:

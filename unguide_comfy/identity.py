@@ -15,7 +15,8 @@ _SAMPLED_VALUES = 64
 def model_key(model: Any) -> str:
     """Key of a `ModelPatcher`: its class, all names and shapes, samples of the weights and of the patches on them.
 
-    Weights that the host patched in place are read from its backup, so a loaded and an unloaded model agree.
+    Weights that the host patched in place are read from its backup, so a loaded and an unloaded model agree; so do
+    half and single precision.
     """
     digest = hashlib.sha256(type(model.model).__name__.encode())
     weights = model.get_key_patches("diffusion_model.")
@@ -33,7 +34,7 @@ def model_key(model: Any) -> str:
 
 
 def _sample(weight: torch.Tensor) -> bytes:
-    values = weight.detach().flatten()[:_SAMPLED_VALUES].to(device="cpu", dtype=torch.float32)
+    values = weight.detach().flatten()[:_SAMPLED_VALUES].to(device="cpu", dtype=torch.bfloat16)
     return str(values.tolist()).encode()
 
 

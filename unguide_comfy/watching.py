@@ -1,53 +1,72 @@
-"""The sampling run itself as the probe: its first steps with the base model are the picture's, and are looked at once.
+"""The sampling run itself as the probe: its first steps with the base model are the picture's, and are looked at.
 
 A `CALC_COND_BATCH` wrapper sees every guided prediction. At the first one at or below the deciding noise level it has
-the base model's predictions for the prompt and, as a rule, for the neutral prompt at hand; the concept's costs one more
-evaluation. A run that detects nothing goes on as it would have without.
+the base model's predictions for the prompt and, as a rule, for the neutral prompt at hand. A run that detects nothing
+goes on as it would have without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .blending import RUN, Run
-from .looking import SIGMA_TOLERANCE, Context, Look, is_everywhere
+from .context import Context, is_everywhere
+from .looking import Look
 
-Decide = Callable[[Callable[..., Look]], None]
+# a schedule seldom has a step at just the level asked for: one a little above it will do
+TOLERANCE = 1.05
 
 
 class Restart(Exception):
     """Raised through the sampler: the run shall begin again, now that its weights are known."""
 
 
+@dataclass
 class Watch:
-    """Waits for the deciding noise level, then calls `decide` once with a function that makes looks at that latent.
+    """Waits for the deciding noise level, then calls `decide` with a look at that latent; again later, if asked to.
 
     Args:
         context: the sampling run.
+        sigmas: the run's noise levels.
         sigma: the deciding noise level; a schedule that begins below it is looked at in its first step.
-        decide: called with a function (settings, neutral) -> `Look`; sets the run's weights, may raise `Restart`.
+        again: steps after which to look again; 0 looks once.
+        decide: sets the run's weights, may raise `Restart`; returns whether there is anything left to decide.
     """
 
-    def __init__(self, context: Context, sigma: float, decide: Decide):
-        self.context, self.sigma, self.decide = context, sigma, decide
+    context: Context
+    sigmas: torch.Tensor
+    sigma: float
+    again: int
+    decide: Callable[[Look, int], bool]
+    next_step: int | None = None
+
+    def step_of(self, sigma: torch.Tensor) -> int:
+        """The run's step that a prediction at a noise level belongs to, from 0."""
+        return max(0, int((self.sigmas.to(sigma.device) >= float(sigma.max()) * (1.0 - 1e-4)).sum()) - 1)
 
     def due(self, sigma: torch.Tensor) -> bool:
         """Whether a prediction at this noise level is the one to look at."""
-        return float(sigma.max()) <= self.sigma * (1.0 + SIGMA_TOLERANCE / 2.0)
+        if self.next_step is None:
+            return float(sigma.max()) <= self.sigma * TOLERANCE
+        return self.step_of(sigma) >= self.next_step
 
     def look(self, conds: Sequence[Any], out: Sequence[torch.Tensor], x: torch.Tensor, sigma: torch.Tensor) -> None:
         """Decides at this latent, with the predictions `out` for `conds` at hand: the base model's, if none blends."""
+        step = self.step_of(sigma)
+        self.next_step = step + self.again
         blending = bool(self.context.run.active())
         known = {
             id(entries[0]): prediction
             for entries, prediction in zip(conds, out, strict=True)
-            if not blending and entries is not None and len(entries) == 1 and is_everywhere(entries[0])
+            if not blending and is_everywhere(entries)
         }
-        level = float(sigma[0])
-        self.decide(lambda settings, neutral: Look(self.context, settings, x, level, neutral, known))
+        undecided = self.decide(Look(self.context, x, sigma, known), step)
+        if not (undecided and self.again):
+            self.context.run.watch = None
 
 
 def watched_conditionals(
@@ -62,7 +81,6 @@ def watched_conditionals(
     out = executor(model, conds, x, sigma, model_options)
     run: Run | None = model_options.get("transformer_options", {}).get(RUN)
     watch: Watch | None = None if run is None else run.watch
-    if run is not None and watch is not None and watch.due(sigma):
-        run.watch = None
+    if run is not None and watch is not None and run.looking is None and watch.due(sigma):
         watch.look(conds, out, x, sigma)
     return out

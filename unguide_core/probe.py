@@ -1,9 +1,10 @@
 """The stability probe: does this prompt carry the erased concept?
 
-Three statistics answer it; each is reported, one decides:
+Four statistics answer it; each that is computed is reported, one decides:
 
+    patch       the adapter's effect on the prompt where it is strongest, relative to that on the concept's own prompt
+    influence   the same over the whole picture
     alignment   how far the prompt pulls the base model's prediction where the concept's own prompt pulls it
-    influence   the adapter's effect on the prompt, relative to its effect on the concept's own prompt
     paper       the adapter's effect on the prompt against that on a neutral prompt (arXiv 2508.05755)
 
 Knows no model and no sampler: predictions in, numbers and decisions out. How predictions come about, at which noise
@@ -18,8 +19,15 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 from torch.linalg import vector_norm
+from torch.nn.functional import avg_pool2d
 
-STATISTICS = ("alignment", "influence", "paper")
+STATISTICS = ("patch", "influence", "alignment", "paper")
+
+BINARY, SMOOTH = "binary", "smooth"
+POLICIES = (BINARY, SMOOTH)
+
+PATCH = 3 / 8
+"""Side of a patch, as a share of the picture's."""
 
 
 def influence(base: Tensor, adapted: Tensor) -> Tensor:
@@ -39,6 +47,37 @@ def influence(base: Tensor, adapted: Tensor) -> Tensor:
     _require_same_shape(base=base, adapted=adapted)
     norms: Tensor = vector_norm(_widened(adapted) - _widened(base), dim=1)
     return norms
+
+
+def influence_map(base: Tensor, adapted: Tensor) -> Tensor:
+    """Return where the adapter changes each sample's prediction.
+
+    m(position) = sqrt(mean over the patch around it of sum_channels (adapted - base)^2)
+
+    A patch is `PATCH` of the picture wide and high, cut off at its border. Of a video, each position's strongest frame.
+
+    Args:
+        base: prediction of the base model, [B, C, H, W], [B, C, length] or [B, C, frames, H, W].
+        adapted: prediction of the adapted model for the same latent and prompt, same shape.
+    Returns: float32 [B, H, W] (H = 1 for a length).
+    Raises: ValueError if the shapes differ.
+    """
+    _require_same_shape(base=base, adapted=adapted)
+    energy = (adapted.float() - base.float()).square().sum(dim=1)
+    frames = energy.reshape(len(energy), -1, energy.shape[-2] if energy.ndim > 2 else 1, energy.shape[-1])
+    sides = [2 * round((PATCH * side - 1.0) / 2.0) + 1 if side > 1 else 1 for side in frames.shape[2:]]
+    means = avg_pool2d(frames, sides, stride=1, padding=[side // 2 for side in sides], count_include_pad=False)
+    return means.amax(dim=1).sqrt()
+
+
+def patch_influence(base: Tensor, adapted: Tensor) -> Tensor:
+    """Return how much the adapter changes each sample's prediction in the patch where it changes it most, [B].
+
+    The maximum of `influence_map`: an object in a scene counts as much as one that fills the picture.
+
+    Args and errors: as `influence_map`.
+    """
+    return influence_map(base, adapted).flatten(1).amax(dim=1)
 
 
 def alignment(prompt: Tensor, neutral: Tensor, concept: Tensor) -> Tensor:
@@ -84,11 +123,13 @@ class Statistic:
     """One statistic of a probe, held against its threshold.
 
     name: one of `STATISTICS`.
-    score: alignment: mean of `prompt`. influence: mean of `prompt` / mean of `concept`. paper: mean of `prompt` / mean
-        of `neutral`; where the latter is 0, 1 if both are and else the largest float (JSON knows no infinity).
-    threshold: alignment and influence detect at or above it, paper strictly above it.
+    score: alignment: mean of `prompt`. patch, influence: mean of `prompt` / mean of `concept`. paper: mean of
+        `prompt` / mean of `neutral`; where the latter is 0, 1 if both are and else the largest float (JSON knows
+        no infinity).
+    threshold: detected at or above it; the paper's rule detects strictly above it.
     prompt: per repeat (noise seed), alignments or influences of the prompt.
     neutral, concept: what it was compared with, likewise; empty where unused. A single value may come from a card.
+    certain: score from which on a detection is beyond doubt; see `confidence`.
     """
 
     name: str
@@ -98,13 +139,21 @@ class Statistic:
     prompt: tuple[float, ...]
     neutral: tuple[float, ...] = ()
     concept: tuple[float, ...] = ()
+    certain: float = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in STATISTICS:
             raise ValueError(f"unknown statistic '{self.name}'; expected one of {', '.join(STATISTICS)}")
-        for field in ("score", "threshold"):
+        for field in ("score", "threshold", "certain"):
             if not math.isfinite(getattr(self, field)):
                 raise ValueError(f"the {field} of '{self.name}' is {getattr(self, field)}; expected a finite number")
+
+    @property
+    def confidence(self) -> float:
+        """How far the score is from the threshold, 0 (on it) to 1 (at `certain` or above it, or at 0 or below)."""
+        to_certainty = self.certain - self.threshold if self.detected else self.threshold
+        distance = abs(self.score - self.threshold)
+        return min(1.0, distance / to_certainty) if to_certainty > 0.0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -150,6 +199,11 @@ class Decision:
         return self.statistics[0].threshold
 
     @property
+    def confidence(self) -> float:
+        """The deciding statistic's confidence."""
+        return self.statistics[0].confidence
+
+    @property
     def prompt(self) -> tuple[float, ...]:
         """The deciding statistic's values for the prompt, one per repeat."""
         return self.statistics[0].prompt
@@ -175,6 +229,7 @@ class Decision:
             "detected": self.detected,
             "weight": self.weight,
             **{k: v for k, v in asdict(self.statistics[0]).items() if k not in ("name", "detected")},
+            "confidence": self.confidence,
             "statistic": self.statistic,
             "repeats": self.repeats,
             "reason": self.reason,
@@ -204,16 +259,19 @@ def paper_statistic(prompt: Values, neutral: Values) -> Statistic:
     prompt_mean, neutral_mean = _mean(prompt_values), _mean(neutral_values)
     ratio = prompt_mean / neutral_mean if neutral_mean else math.inf if prompt_mean else 1.0
     score = min(ratio, sys.float_info.max)
-    return Statistic("paper", score, 1.0, prompt_mean > neutral_mean, prompt_values, neutral=neutral_values)
+    return Statistic("paper", score, 1.0, prompt_mean > neutral_mean, prompt_values, neutral_values, certain=2.0)
 
 
-def influence_statistic(prompt: Values, concept: Values, threshold: float) -> Statistic:
+def influence_statistic(
+    prompt: Values, concept: Values, threshold: float, *, certain: float = 1.0, name: str = "influence"
+) -> Statistic:
     """Return the relative influence: detected if ||D(prompt)|| / ||D(concept)||, of the means, is at least `threshold`.
 
     Args:
-        prompt: influences on the prompt, any number of repeats.
+        prompt: influences on the prompt, any number of repeats; patch influences for the name "patch".
         concept: influences on the concept's own prompt, any number of repeats, or the one number stored in the card.
         threshold: between 0 and 1.
+        certain: score from which on a detection is beyond doubt.
     Raises: ValueError if there are no values, one is not finite, or the adapter has no influence on its own concept.
     """
     prompt_values, concept_values = _finite("influence on the prompt", prompt), _finite("influence on concept", concept)
@@ -224,20 +282,22 @@ def influence_statistic(prompt: Values, concept: Values, threshold: float) -> St
             "expected a number above 0: use an adapter that was trained for this model"
         )
     score = _mean(prompt_values) / concept_mean
-    return Statistic("influence", score, threshold, score >= threshold, prompt_values, concept=concept_values)
+    detected = score >= threshold
+    return Statistic(name, score, threshold, detected, prompt_values, concept=concept_values, certain=certain)
 
 
-def alignment_statistic(scores: Values, threshold: float) -> Statistic:
+def alignment_statistic(scores: Values, threshold: float, *, certain: float = 1.0) -> Statistic:
     """Return the alignment: detected if its mean is at least `threshold`.
 
     Args:
         scores: what `alignment` returned, any number of repeats.
         threshold: between 0 (unrelated) and 1 (the concept's own prompt).
+        certain: score from which on a detection is beyond doubt.
     Raises: ValueError if there are no values, or one is not finite.
     """
     values = _finite("alignment", scores)
     score = _mean(values)
-    return Statistic("alignment", score, threshold, score >= threshold, values)
+    return Statistic("alignment", score, threshold, score >= threshold, values, certain=certain)
 
 
 def decide(
@@ -286,15 +346,24 @@ def decide_by(
     weight_detected: float = -1.0,
     weight_otherwise: float = 1.0,
     *,
+    policy: str = BINARY,
     reason: str = "",
     model_key: str = "",
     adapter_key: str = "",
 ) -> Decision:
     """Return the decision of the first of several statistics; the others are reported beside it.
 
-    Raises: ValueError if there are none, or a weight is not finite.
+    Args:
+        policy: "binary" (the paper's) takes one of the two weights; "smooth" goes from `weight_otherwise` at the
+            threshold to `weight_detected` at a score that is certain, in proportion to the confidence.
+    Raises: ValueError if there are none, a weight is not finite, or the policy is unknown.
     """
-    weight = weight_detected if statistics and statistics[0].detected else weight_otherwise
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy '{policy}'; expected one of {', '.join(POLICIES)}")
+    weight = weight_otherwise
+    if statistics and statistics[0].detected:
+        share = 1.0 if policy == BINARY else statistics[0].confidence
+        weight = share * weight_detected + (1.0 - share) * weight_otherwise
     return Decision(weight, tuple(statistics), reason, model_key, adapter_key)
 
 

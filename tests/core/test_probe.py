@@ -15,8 +15,10 @@ from unguide_core.probe import (
     decide_by,
     decide_by_threshold,
     influence,
+    influence_map,
     influence_statistic,
     paper_statistic,
+    patch_influence,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -184,6 +186,66 @@ def test_statistics_that_have_no_threshold_or_lack_their_reference_are_refused(s
 
 
 def test_unknown_statistics_are_refused():
-    with pytest.raises(ValueError, match="unknown statistic 'distance'; expected one of alignment, influence, paper"):
+    with pytest.raises(
+        ValueError, match="unknown statistic 'distance'; expected one of patch, influence, alignment, paper"
+    ):
         Statistic("distance", 1.0, 1.0, True, (1.0,))
     assert Decision(1.0, (alignment_statistic(1.0, 0.5),)).detected
+
+
+def test_a_map_shows_where_the_adapter_acts(generator):
+    base = randn(generator, 2, 4, 16, 16)
+    adapted = base.clone()
+    adapted[0, :, 10:13, 2:5] += 1.0
+    found = influence_map(base, adapted)
+    assert found.shape == (2, 16, 16)
+    assert float(found[1].max()) == 0.0
+    assert divmod(int(found[0].argmax()), 16)[0] in range(9, 14)
+    assert float(found[0, :4, 10:].max()) == 0.0
+
+
+def test_the_patch_influence_of_a_change_everywhere_does_not_depend_on_the_size():
+    for side in (8, 16, 64):
+        base = torch.zeros(1, 4, side, side)
+        assert patch_influence(base, base + 0.5).item() == pytest.approx(1.0)  # sqrt(4 channels * 0.5^2)
+
+
+def test_a_small_change_counts_more_in_its_patch_than_over_the_picture():
+    base = torch.zeros(2, 4, 16, 16)
+    adapted = base.clone()
+    adapted[0] += 1.0
+    adapted[1, :, :5, :5] += 1.0
+    whole, patch = influence(base, adapted), patch_influence(base, adapted)
+    assert patch[1] / patch[0] > 1.5 * whole[1] / whole[0]
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 12), (2, 4, 3, 8, 8), (2, 4, 32)])
+def test_pictures_videos_and_sounds_have_maps(shape, generator):
+    found = influence_map(randn(generator, *shape), randn(generator, *shape))
+    assert found.shape == (2, shape[-2] if len(shape) > 3 else 1, shape[-1])
+    assert bool(found.isfinite().all())
+
+
+def test_maps_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match="expected the same shape"):
+        influence_map(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 9))
+
+
+@pytest.mark.parametrize(
+    ("score", "confidence"), [(0.0, 1.0), (0.25, 0.5), (0.5, 0.0), (0.6, 0.25), (0.9, 1.0), (2.0, 1.0)]
+)
+def test_confidence_grows_with_the_distance_from_the_threshold(score, confidence):
+    assert alignment_statistic(score, 0.5, certain=0.9).confidence == pytest.approx(confidence)
+
+
+def test_a_smooth_policy_goes_from_one_weight_to_the_other():
+    def weight(score):
+        statistics = [alignment_statistic(score, 0.5, certain=0.9)]
+        return decide_by(statistics, -1.0, 1.0, policy="smooth").weight
+
+    assert [weight(score) for score in (0.4, 0.5, 0.7, 0.9, 1.5)] == pytest.approx([1.0, 1.0, 0.0, -1.0, -1.0])
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="unknown policy 'soft'; expected one of binary, smooth"):
+        decide_by([alignment_statistic(1.0, 0.5)], policy="soft")

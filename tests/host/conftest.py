@@ -87,8 +87,8 @@ def encode(manifest: dict[str, Any], recipe: ModuleType):
 
 def fixed(model: Any, lora: Any, weight: float) -> Any:
     """A model that blends with a fixed weight."""
-    gating, looking = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.looking")
-    gate = gating.Gate(gating.FIXED, looking.ProbeSettings(weight_detected=weight))
+    gating, deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
+    gate = gating.Gate(gating.FIXED, deciding.ProbeSettings(weight_detected=weight))
     return gating.guided(model, (lora,), gate)
 
 

@@ -18,7 +18,7 @@ CONCEPT, SYNONYMS = "a photo of the cat", ("a photo of the kitty", "a photo of t
 UNRELATED = ("a photo of the dog", "a photo of the ship", "a photo of the forest", "")
 STEPS = 4
 
-gating, looking = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.looking")
+gating, deciding, outcomes = (pack_module(f"unguide_comfy.{name}") for name in ("gating", "deciding", "outcomes"))
 
 
 def latent(batch: int = 1) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def ksampler(
 
 
 def gated(demo: Demo, lora: Any, reports: list[Any] | None = None, **settings: Any) -> Any:
-    gate = gating.Gate(gating.PROBE, looking.ProbeSettings(**settings))
+    gate = gating.Gate(gating.PROBE, deciding.ProbeSettings(**settings))
     return gating.guided(demo.model, (lora,), gate, observer=None if reports is None else reports.append)
 
 
@@ -44,9 +44,8 @@ def decision_for(demo: Demo, lora: Any, positive: Any, **settings: Any) -> Any:
 
 
 def probe_node(demo: Demo, loras: tuple[Any, ...], prompt: str, cfg: float = 4.0, **options: Any) -> Any:
-    settings = {"statistic": "auto", "threshold": 0.0, "repeats": 2, "probe_steps": 2, "schedule_steps": 20, **options}
     return pack_module("nodes.probe").StabilityProbe.execute(
-        demo.model, loras, demo.encode(prompt), demo.encode(""), latent(), cfg, 0, 0.0, 1.0, **settings
+        demo.model, loras, demo.encode(prompt), demo.encode(""), latent(), cfg, 0, 0.0, 1.0, **options
     )
 
 
@@ -62,13 +61,14 @@ def test_the_concept_in_a_scene_is_found_by_its_influence(demo, demo_lora):
         assert decision.statistic == "influence"
 
 
-def test_either_statistic_suffices(demo, demo_lora):
+def test_a_calibrated_card_lets_influence_decide_and_the_patch_stands_beside_it(demo, demo_lora):
     decision = decision_for(demo, demo_lora, demo.encode(CONCEPT))
-    assert {statistic.name for statistic in decision.statistics} == {"alignment", "influence"}
-    assert "alignment or influence" in decision.reason
+    assert [statistic.name for statistic in decision.statistics] == ["influence", "patch"]
+    assert 0.0 < decision.threshold < 0.68
+    assert decision.confidence == 1.0
 
 
-def test_a_card_without_a_threshold_leaves_influence_out(demo, demo_lora):
+def test_a_card_without_a_calibration_leaves_the_decision_to_alignment(demo, demo_lora):
     decision = decision_for(demo, without_calibration(demo_lora), demo.encode(CONCEPT))
     assert [statistic.name for statistic in decision.statistics] == ["alignment"]
 
@@ -135,6 +135,11 @@ def test_the_concept_is_found_in_a_guiders_second_prompt(demo, demo_lora):
 # which statistic
 
 
+def load(kind: str, concept: str, demo: Demo) -> Any:
+    erasure = pack_module("unguide_comfy.erasure")
+    return erasure.load_erasure_lora(f"unguide-demo/{kind}/{concept}.safetensors", 1.0, demo.clip)
+
+
 def without_clip(lora: Any) -> Any:
     return dataclasses.replace(lora, concept=None, neutral=None)
 
@@ -144,8 +149,10 @@ def without_calibration(lora: Any) -> Any:
     return dataclasses.replace(lora, adapter=dataclasses.replace(lora.adapter, card=card))
 
 
-def test_alignment_decides_where_the_concepts_prompt_is_known(demo, demo_lora):
-    assert decision_for(demo, demo_lora, demo.encode(CONCEPT)).statistic == "alignment"
+def test_alignment_decides_where_an_adapter_acts_on_other_prompts_as_well(demo):
+    lora = load("paper", "cat", demo)
+    assert lora.adapter.card.calibration
+    assert decision_for(demo, lora, demo.encode(CONCEPT)).statistic == "alignment"
 
 
 def test_without_a_clip_the_cards_calibration_decides(demo, demo_lora):
@@ -182,7 +189,7 @@ def test_a_calibration_for_another_size_is_not_used(demo, demo_lora):
 
 def test_the_node_reports_every_statistic(demo, demo_lora):
     decisions, weight, score, detected, plot, report = probe_node(demo, (demo_lora,), CONCEPT).args
-    assert {statistic.name for statistic in decisions[0].statistics} == {"alignment", "influence", "paper"}
+    assert {statistic.name for statistic in decisions[0].statistics} == {"patch", "influence", "alignment", "paper"}
     assert (weight, detected) == (0.0, True)
     assert score == decisions[0].score
     assert plot.ndim == 4
@@ -199,7 +206,7 @@ def test_the_node_reports_every_statistic(demo, demo_lora):
 def test_a_decision_is_used_instead_of_a_probe(demo, demo_lora):
     decisions = probe_node(demo, (demo_lora,), CONCEPT)[0]
     reports: list[Any] = []
-    gate = gating.Gate(gating.PROBE, looking.ProbeSettings())
+    gate = gating.Gate(gating.PROBE, deciding.ProbeSettings())
     model = gating.guided(demo.model, (demo_lora,), gate, decisions, observer=reports.append)
     given = ksampler(model, demo.encode(CONCEPT), demo.encode(""))
     assert reports[0].evaluations["probe"] == 0
@@ -243,23 +250,24 @@ def test_a_models_key_survives_loading_and_tells_patches_apart(demo, demo_lora):
 def test_evaluations_are_counted(prompt, base, adapted, demo, demo_lora):
     reports: list[Any] = []
     ksampler(gated(demo, demo_lora, reports, repeats=2, probe_steps=2), demo.encode(prompt), demo.encode(""))
-    # per noise seed: two steps of two conditionings; the prompt, the neutral and the concept's; the adapted prompt
-    assert reports[0].evaluations == {"base": base, "adapted": adapted, "probe": 2 * (2 * 2 + 4), "wasted": 0}
+    # per noise seed: two steps of two conditionings; the prompt by the base model and by the adapter
+    assert reports[0].evaluations == {"base": base, "adapted": adapted, "probe": 2 * (2 * 2 + 2), "wasted": 0}
+    assert reports[0].plain == 2 * STEPS
 
 
 @pytest.mark.parametrize(
     ("mode", "on_detection", "prompt", "sampling", "probe"),
     [
-        ("probe", "continue", UNRELATED[0], 60, 16),
-        ("probe", "continue", CONCEPT, 60, 16),
-        ("trajectory", "continue", UNRELATED[0], 60, 2),
-        ("trajectory", "continue", CONCEPT, 60, 2),
-        ("trajectory", "restart", CONCEPT, 68, 2),
+        ("probe", "continue", UNRELATED[0], 60, 12),
+        ("probe", "continue", CONCEPT, 60, 12),
+        ("trajectory", "continue", UNRELATED[0], 60, 1),
+        ("trajectory", "continue", CONCEPT, 60, 1),
+        ("trajectory", "restart", CONCEPT, 68, 1),
     ],
 )
 def test_the_documented_costs_of_thirty_steps(mode, on_detection, prompt, sampling, probe, demo, demo_lora):
     reports: list[Any] = []
-    gate = gating.Gate(mode, looking.ProbeSettings(), None, on_detection)
+    gate = gating.Gate(mode, deciding.ProbeSettings(), None, on_detection)
     model = gating.guided(demo.model, (demo_lora,), gate, observer=reports.append)
     host.common_ksampler(model, 3, 30, 4.0, "euler", "normal", demo.encode(prompt), demo.encode(""), latent())
     spent = reports[0].evaluations
@@ -280,9 +288,17 @@ def test_the_sampler_node_reports_its_run(demo, demo_lora):
         latent(),
         1.0,
     )
-    out, plot, report = execute(*arguments, (demo_lora,), "probe", -1.0, 1.0).args
+    out, plot, report = execute(*arguments, (demo_lora,), "trajectory", -1.0, 1.0).args
     assert torch.equal(out["samples"], ksampler(demo.model, demo.encode(UNRELATED[0]), demo.encode("")))
-    assert json.loads(report)["erasure"][0]["weight"] == 1.0
+    content = json.loads(report)
+    (erasure,) = content["erasure"]
+    assert erasure["weight"] == 1.0
+    assert erasure["step"] == 2
+    assert erasure["sigma"] > 0.0
+    assert erasure["why"]
+    assert 0.0 < erasure["decision"]["confidence"] <= 1.0
+    assert [len(row) for row in erasure["samples"][0]["map"]] == [8] * 8
+    assert content["unet_evaluations_total"] == content["unet_evaluations_plain"] + 1
     assert plot.shape[0] == 1
 
 
@@ -290,7 +306,7 @@ def test_the_sampler_node_reports_its_run(demo, demo_lora):
 
 
 def watched(demo: Demo, lora: Any, reports: list[Any] | None = None, on_detection: str = "continue", **settings: Any):
-    gate = gating.Gate(gating.TRAJECTORY, looking.ProbeSettings(**settings), None, on_detection)
+    gate = gating.Gate(gating.TRAJECTORY, deciding.ProbeSettings(**settings), None, on_detection)
     loras = lora if isinstance(lora, tuple) else (lora,)
     return gating.guided(demo.model, loras, gate, observer=None if reports is None else reports.append)
 
@@ -307,10 +323,9 @@ def test_a_watched_unrelated_picture_is_the_base_models_bit_for_bit(sampler, bat
 
 
 @pytest.mark.parametrize(
-    ("statistic", "steps", "cost"), [("alignment", 30, 1), ("influence", 30, 1), ("auto", 30, 2), ("auto", STEPS, 1)]
+    ("statistic", "steps", "cost"), [("alignment", 30, 1), ("influence", 30, 1), ("auto", 30, 1), ("auto", STEPS, 1)]
 )
-def test_watching_an_unrelated_picture_costs_one_evaluation_for_each_statistic(statistic, steps, cost, demo, demo_lora):
-    """Four steps have none near the noise level that the card was calibrated at; there alignment decides alone."""
+def test_watching_an_unrelated_picture_costs_one_evaluation(statistic, steps, cost, demo, demo_lora):
     reports: list[Any] = []
     model = watched(demo, demo_lora, reports, statistic=statistic)
     host.common_ksampler(model, 3, steps, 4.0, "euler", "normal", demo.encode(UNRELATED[0]), demo.encode(""), latent())
@@ -322,7 +337,7 @@ def test_restarting_gives_the_picture_that_is_erased_from_the_start(sampler, dem
     positive, negative = demo.encode(CONCEPT), demo.encode("")
     reports: list[Any] = []
     found = ksampler(watched(demo, demo_lora, reports, "restart"), positive, negative, sampler=sampler)
-    fixed = gating.Gate(gating.FIXED, looking.ProbeSettings(weight_detected=0.0))
+    fixed = gating.Gate(gating.FIXED, deciding.ProbeSettings(weight_detected=0.0))
     assert torch.equal(
         found, ksampler(gating.guided(demo.model, (demo_lora,), fixed), positive, negative, sampler=sampler)
     )
@@ -357,12 +372,12 @@ def test_a_watched_adapter_is_decided_on_the_base_model_beside_one_that_blends_a
     alone: list[Any] = []
     ksampler(watched(demo, demo_lora, alone, statistic="alignment"), demo.encode(CONCEPT), demo.encode(""))
     beside: list[Any] = []
-    gate = gating.Gate(gating.TRAJECTORY, looking.ProbeSettings(statistic="alignment"))
+    gate = gating.Gate(gating.TRAJECTORY, deciding.ProbeSettings(statistic="alignment"))
     blending = gating.guided(demo.model, (dataclasses.replace(demo_lora, strength=0.01),), gating.Gate(gating.FIXED))
     ksampler(gating.guided(blending, (demo_lora,), gate, observer=beside.append), demo.encode(CONCEPT), demo.encode(""))
     scores = [reports[0].outcomes[-1].decision.score for reports in (alone, beside)]
     assert scores[1] == pytest.approx(scores[0], abs=0.05)
-    assert beside[0].evaluations["probe"] == 3
+    assert beside[0].evaluations["probe"] == 3  # the prompt, the neutral and the concept's prompt by the base model
 
 
 def test_a_partial_schedule_is_watched_from_its_first_step(demo, demo_lora):
@@ -383,4 +398,195 @@ def test_a_run_that_ends_before_the_decision_says_so(demo, demo_lora):
         model, "enable", 3, 40, 4.0, "euler", "normal", demo.encode(CONCEPT), demo.encode(""), latent(), 0, 2, "enable"
     )
     assert reports[0].outcomes[0].decisions == ()
-    assert "no decision" in gating.summary(reports[0].outcomes[0])
+    assert "no decision" in outcomes.summary(reports[0].outcomes[0], finished=True)
+
+
+def test_looking_again_finds_nothing_new_in_an_unrelated_picture_and_costs_one_evaluation_each(demo, demo_lora):
+    reports: list[Any] = []
+    gate = gating.Gate(gating.TRAJECTORY, look_again=4)
+    model = gating.guided(demo.model, (without_calibration(demo_lora),), gate, observer=reports.append)
+    positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
+    (found,) = host.common_ksampler(model, 3, 20, 4.0, "euler", "normal", positive, negative, latent())
+    (base,) = host.common_ksampler(demo.model, 3, 20, 4.0, "euler", "normal", positive, negative, latent())
+    assert torch.equal(found["samples"], base["samples"])
+    assert reports[0].evaluations == {"base": 40, "adapted": 0, "probe": 5, "wasted": 0}  # steps 3, 7, 11, 15, 19
+
+
+def test_looking_again_finds_a_concept_that_comes_late(demo, demo_lora):
+    """The prompt becomes the concept's at 40 % of the schedule: the first look cannot see it, for it is not there."""
+    dog = [[text, {**options, "end_percent": 0.4}] for text, options in demo.encode(UNRELATED[0])]
+    cat = [[text, {**options, "start_percent": 0.4}] for text, options in demo.encode(CONCEPT)]
+    once, again = [], []
+    for reports, look_again in ((once, 0), (again, 4)):
+        gate = gating.Gate(gating.TRAJECTORY, look_again=look_again)
+        model = gating.guided(demo.model, (without_calibration(demo_lora),), gate, observer=reports.append)
+        host.common_ksampler(model, 3, 20, 4.0, "euler", "normal", dog + cat, demo.encode(""), latent())
+    assert again[0].outcomes[0].decision.detected
+    assert once[0].outcomes[0].step == 2
+
+
+def test_a_smooth_policy_takes_a_weight_between_the_two(demo, demo_lora):
+    binary = decision_for(demo, demo_lora, demo.encode(CONCEPT), threshold=0.9)
+    smooth = decision_for(demo, demo_lora, demo.encode(CONCEPT), threshold=0.9, policy="smooth")
+    assert binary.weight == 0.0
+    assert smooth.score == binary.score
+    assert smooth.weight == pytest.approx(1.0 - smooth.confidence)
+
+
+def test_a_higher_false_alarm_rate_lowers_the_threshold(demo, demo_lora):
+    rates = (0.003, 0.01, 0.1)
+    thresholds = [
+        decision_for(demo, demo_lora, demo.encode(CONCEPT), false_alarm_rate=rate).threshold for rate in rates
+    ]
+    assert thresholds == sorted(thresholds, reverse=True)
+    assert thresholds[0] > thresholds[-1]
+
+
+def test_a_prediction_that_is_no_number_is_an_error_and_no_decision(demo, demo_lora):
+    (name, layer), *_ = demo_lora.adapter.layers.items()
+    layers = {**demo_lora.adapter.layers, name: dataclasses.replace(layer, up=layer.up * float("nan"))}
+    broken = dataclasses.replace(demo_lora, adapter=dataclasses.replace(demo_lora.adapter, layers=layers))
+    positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
+    expected = ksampler(demo.model, positive, negative)
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        ksampler(watched(demo, broken, statistic="influence"), positive, negative)
+    assert torch.equal(ksampler(demo.model, positive, negative), expected)
+
+
+# what a prompt is compared with
+
+baselines = pack_module("unguide_comfy.baselines")
+
+
+def test_a_baseline_is_measured_once_and_remembered(demo, demo_lora):
+    baselines.memory.clear()
+    lora, spent = without_calibration(demo_lora), []
+    for _ in range(2):
+        reports: list[Any] = []
+        ksampler(watched(demo, lora, reports, statistic="influence"), demo.encode(CONCEPT), demo.encode(""))
+        spent.append(reports[0].evaluations["probe"])
+    assert spent[0] > spent[1] == 1
+    assert len(baselines.memory) == 1
+
+
+def test_what_is_remembered_is_bounded():
+    memory = baselines.Memory(size=2)
+    for number in range(3):
+        memory.put((number,), baselines.Baseline((float(number),), (1.0,)))
+    assert len(memory) == 2
+    assert memory.get((0,)) is None
+    assert memory.get((2,)) is not None
+
+
+def test_the_cards_baseline_is_what_a_measurement_gives(demo, demo_lora):
+    card = decision_for(demo, demo_lora, demo.encode(CONCEPT), statistic="influence")
+    lora = without_calibration(demo_lora)
+    measured = decision_for(demo, lora, demo.encode(CONCEPT), statistic="influence", threshold=card.threshold)
+    assert len(card.concept) == 1
+    assert len(measured.concept) == baselines.REPEATS
+    assert measured.score == pytest.approx(card.score, rel=0.15)
+
+
+def test_a_calibration_of_another_model_is_not_used_and_the_report_says_so(demo, demo_lora):
+    (name, layer), *_ = demo_lora.adapter.layers.items()
+    import comfy.sd
+
+    patches = {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up}
+    patched, _ = comfy.sd.load_lora_for_models(demo.model, None, patches, 0.01, 0.0)
+    reports: list[Any] = []
+    gate = gating.Gate(gating.PROBE)
+    ksampler(gating.guided(patched, (demo_lora,), gate, observer=reports.append), demo.encode(CONCEPT), demo.encode(""))
+    decision = reports[0].outcomes[0].decision
+    assert decision.statistic == "alignment"
+    assert "calibration is for another model" in decision.reason
+
+
+def test_another_guidance_scale_keeps_the_threshold_and_measures_the_baseline(demo, demo_lora):
+    reports: list[Any] = []
+    model = watched(demo, demo_lora, reports)
+    host.common_ksampler(model, 3, 20, 5.0, "euler", "normal", demo.encode(CONCEPT), demo.encode(""), latent())
+    decision = reports[0].outcomes[0].decision
+    assert decision.statistic == "influence"
+    assert decision.detected
+    assert "measured anew for 5.0" in decision.reason
+    assert len(decision.concept) == baselines.REPEATS
+
+
+def test_calibrating_an_adapter_gives_its_card_thresholds_that_work(demo, demo_lora):
+    """A small calibration by the node, on few prompts: enough to tell the concept from them."""
+    execute = pack_module("nodes.calibrate").CalibrateErasureLora.execute
+    others = "a photo of the dog\na photo of the ship\na photo of the forest"
+    bare = without_calibration(demo_lora)
+    (lora,), text = execute(demo.model, demo.clip, (bare,), latent(), 4.0, "a photo of the kitty", others, 2, 0).args
+    assert json.loads(text)[LORA]["model"] == pack_module("unguide_comfy.identity").model_key(demo.model)
+    assert lora.adapter.layers is bare.adapter.layers
+    for prompt, expected in ((CONCEPT, True), ("a photo of the truck", False)):
+        decision = decision_for(demo, lora, demo.encode(prompt))
+        assert decision.statistic == "influence"
+        assert decision.detected is expected
+
+
+# several concepts
+
+
+@pytest.fixture(scope="module")
+def ten(demo):
+    from demo.captions import CLASSES
+
+    with torch.inference_mode():
+        return tuple(load("selective", concept, demo) for concept in CLASSES)
+
+
+def test_ten_adapters_that_find_nothing_cost_one_evaluation_each_and_change_no_bit(ten, demo):
+    positive, negative = demo.encode("a photo of the forest"), demo.encode("")
+    expected = ksampler(demo.model, positive, negative)
+    reports: list[Any] = []
+    assert torch.equal(ksampler(watched(demo, ten, reports), positive, negative), expected)
+    spent = reports[0].evaluations
+    assert (spent["base"], spent["adapted"]) == (2 * STEPS, 0)
+    assert spent["probe"] <= 11
+
+
+def test_of_ten_adapters_only_the_one_that_is_meant_acts(ten, demo):
+    reports: list[Any] = []
+    host.common_ksampler(
+        watched(demo, ten, reports), 3, 20, 4.0, "euler", "normal", demo.encode(CONCEPT), demo.encode(""), latent()
+    )
+    assert [outcome.decision.detected for outcome in reports[0].outcomes] == [i == 3 for i in range(10)]
+
+
+def test_two_concepts_in_two_prompts_are_both_found(ten, demo):
+    reports: list[Any] = []
+    positive = demo.encode(CONCEPT) + demo.encode("a photo of the ship")
+    host.common_ksampler(
+        watched(demo, ten, reports), 3, 20, 4.0, "euler", "normal", positive, demo.encode(""), latent()
+    )
+    found = [outcome.concept for outcome in reports[0].outcomes if outcome.decision.detected]
+    assert found == [CONCEPT, "a photo of the ship"]
+
+
+def test_a_hundred_runs_decide_alike_and_keep_no_memory(demo, demo_lora):
+    """Two steps each: the look is in the second. Memory is what the process holds beside the host's caches."""
+    import gc
+    import resource
+
+    positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
+    decisions, held = [], []
+    gate = gating.Gate(gating.TRAJECTORY)
+    model = gating.guided(
+        demo.model, (demo_lora,), gate, observer=lambda report: decisions.append(report.outcomes[0].decisions)
+    )
+    for number in range(100):
+        host.common_ksampler(model, 3, 2, 4.0, "euler", "normal", positive, negative, latent())
+        if number in (9, 99):
+            gc.collect()
+            held.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, tensors()))
+    assert len(set(decisions)) == 1
+    assert held[1][1] <= held[0][1]
+    assert held[1][0] - held[0][0] < 32 * 1024  # KB
+
+
+def tensors() -> int:
+    import gc
+
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())

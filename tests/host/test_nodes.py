@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import load_pack, pack_module
 
-IDS = {"UnGuideLoadErasureLora", "UnGuideProbe", "UnGuideModel", "UnGuideSampler"}
+IDS = {"UnGuideLoadErasureLora", "UnGuideCalibrate", "UnGuideProbe", "UnGuideModel", "UnGuideSampler"}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,9 @@ def test_every_node_input_and_output_explains_itself(schemas):
 
 
 def test_widgets_start_from_the_settings_defaults(schemas):
-    settings = pack_module("unguide_comfy.looking").ProbeSettings()
+    settings = pack_module("unguide_comfy.deciding").ProbeSettings()
     names = {field.name for field in dataclasses.fields(settings)}
-    for schema in schemas.values():
+    for schema in (schemas[name] for name in ("UnGuideProbe", "UnGuideModel", "UnGuideSampler")):
         widgets = {part.id: part.default for part in schema.inputs if part.id in names and part.id != "seed"}
         assert widgets == {name: getattr(settings, name) for name in widgets}
     assert {"repeats", "probe_steps", "weight_detected"} <= {part.id for part in schemas["UnGuideModel"].inputs}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tests.conftest import pack_module
 from tests.host.conftest import Demo
 
-erasure, gating, looking = (pack_module(f"unguide_comfy.{name}") for name in ("erasure", "gating", "looking"))
+erasure, gating, deciding = (pack_module(f"unguide_comfy.{name}") for name in ("erasure", "gating", "deciding"))
 AdapterError = pack_module("unguide_core.formats").AdapterError
 LAYER = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
 
@@ -92,7 +92,7 @@ def sampled(demo: Demo, model: Any, guider: Any) -> Any:
 def test_a_statistic_without_what_it_needs(demo, demo_lora):
     bare = dataclasses.replace(demo_lora, concept=None, neutral=None)
     for statistic, missing in (("alignment", "the concept's own prompt"), ("paper", "a neutral prompt")):
-        gate = gating.Gate(gating.PROBE, looking.ProbeSettings(statistic=statistic))
+        gate = gating.Gate(gating.PROBE, deciding.ProbeSettings(statistic=statistic))
         model = gating.guided(demo.model, (bare,), gate)
         guider = custom.BasicGuider.execute(model, demo.encode("a photo of the dog"))[0]
         with pytest.raises(ValueError, match=rf"{statistic}.*cat.safetensors.*needs {missing}.*connect"):
@@ -122,9 +122,9 @@ def test_a_model_that_predicts_nan(demo, demo_lora):
     [
         ({"probe_steps": 20, "schedule_steps": 20}, "probe_steps is 20 of 20"),
         ({"repeats": 0}, "repeats are 0"),
-        ({"statistic": "vibes"}, "unknown statistic 'vibes'; expected auto, alignment"),
+        ({"statistic": "vibes"}, "unknown statistic 'vibes'; expected auto, patch"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
-        looking.ProbeSettings(**settings)
+        deciding.ProbeSettings(**settings)

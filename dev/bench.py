@@ -1,0 +1,336 @@
+"""What UnGuide costs against plain sampling in the same run, and what the two ways without it cost.
+
+Run by `python3 dev bench`. Every case is sampled in turn with the plain one; ratios are of medians. Network rows are
+counted in the network itself, memory is the process's (on a GPU: PyTorch's) highest while sampling. The alternatives,
+two clones of the model that take turns and LoRA hooks on conditionings, blend with the same weight as
+`detected_continue_both`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dev.pack import pack_module, start_host
+
+CHECKPOINT, CFG, SEED = "unguide-demo.safetensors", 4.0, 7
+STEPS, LOOK_AT = 30, 6
+CONCEPT, UNRELATED = "a photo of the cat", "a photo of the forest"
+BOTH = -1.0
+"""A weight of the base model for which both predictions are needed, as in the paper."""
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+
+
+@dataclass
+class Meter:
+    """What a sampling run takes: network rows, seconds, the most memory in bytes."""
+
+    rows: int = 0
+    seconds: float = 0.0
+    memory: int = 0
+
+    def count(self, executor: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """A `DIFFUSION_MODEL` wrapper of the host."""
+        self.rows += x.shape[0]
+        return executor(x, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case against the plain run: ratios of medians, and the medians themselves."""
+
+    evaluations_ratio: float
+    wall_ratio: float
+    memory_ratio: float
+    differing_bits: int
+    seconds: float
+    plain_seconds: float
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+@contextmanager
+def watched_memory(meter: Meter) -> Iterator[None]:
+    """Notes the most memory that is held within the block."""
+    import torch
+
+    if torch.cuda.is_available() and os.environ.get("UNGUIDE_HOST_DEVICE") != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        meter.memory = torch.cuda.max_memory_allocated()
+        return
+    page, done = os.sysconf("SC_PAGE_SIZE"), threading.Event()
+
+    def poll() -> None:
+        while not done.wait(0.005):
+            meter.memory = max(meter.memory, int(Path("/proc/self/statm").read_text().split()[1]) * page)
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+Sample = Callable[[Meter, int, int], Any]
+"""Samples with a meter, at a latent's side and batch size; returns the latent."""
+
+Case = tuple[str, Sample]
+"""The prompt, which the plain run draws as well, and what is measured."""
+
+
+class Bench:
+    """The demo model in the host, and the ways to sample it."""
+
+    def __init__(self) -> None:
+        import nodes
+
+        self.nodes: Any = nodes
+        self.gating, self.deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
+        self.model, self.clip, _ = self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
+        load = pack_module("unguide_comfy.erasure").load_erasure_lora
+        from demo.captions import CLASSES
+
+        self.loras = [load(f"unguide-demo/selective/{concept}.safetensors", 1.0, self.clip) for concept in CLASSES]
+        self.cat = self.loras[CLASSES.index("cat")]
+        self.encoded: dict[str, Any] = {}
+
+    def encode(self, prompt: str) -> Any:
+        if prompt not in self.encoded:
+            self.encoded[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+        return self.encoded[prompt]
+
+    def counted(self, model: Any, meter: Meter) -> Any:
+        from comfy.patcher_extension import WrappersMP
+
+        clone = model.clone()
+        clone.add_wrapper(WrappersMP.DIFFUSION_MODEL, meter.count)
+        return clone
+
+    def sample(self, model: Any, prompt: str, side: int, batch: int, steps: int = STEPS) -> Any:
+        import torch
+
+        latent = {"samples": torch.zeros(batch, 4, side, side)}
+        (out,) = self.nodes.common_ksampler(
+            model, SEED, steps, CFG, "euler", "normal", self.encode(prompt), self.encode(""), latent
+        )
+        return out["samples"]
+
+    def guided(self, model: Any, mode: str, ten: bool = False, weight: float = 0.0, **gate: Any) -> Any:
+        settings = self.deciding.ProbeSettings(probe_steps=LOOK_AT, schedule_steps=STEPS, weight_detected=weight)
+        loras = self.loras if ten else [self.cat]
+        return self.gating.guided(model, loras, self.gating.Gate(mode, settings, low_memory=True, **gate))
+
+    def merged(self, model: Any) -> Any:
+        import comfy.sd
+
+        return comfy.sd.load_lora_for_models(model, None, self.patches(), 1.0, 0.0)[0]
+
+    def patches(self) -> dict[str, Any]:
+        import torch
+
+        return {
+            f"{name}.{part}": tensor
+            for name, layer in self.cat.adapter.layers.items()
+            for part, tensor in {
+                "lora_down.weight": layer.down,
+                "lora_up.weight": layer.up,
+                "alpha": torch.tensor(layer.scale * layer.rank),
+            }.items()
+        }
+
+    def with_guider(self, guider: Any, side: int, batch: int) -> Any:
+        """Samples with a guider of ours as SamplerCustomAdvanced does."""
+        import comfy.sample
+        import comfy.samplers
+        import torch
+
+        latent = torch.zeros(batch, 4, side, side)
+        sigmas = comfy.samplers.calculate_sigmas(self.model.get_model_object("model_sampling"), "normal", STEPS)
+        noise = comfy.sample.prepare_noise(latent, SEED)
+        sampler = comfy.samplers.sampler_object("euler")
+        return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=SEED)
+
+    def clones(self, meter: Meter, side: int, batch: int) -> Any:
+        """Two clones of the model that take turns in every step, the adapter merged into one by the host."""
+        import comfy.model_management
+        import comfy.samplers
+
+        other = self.counted(self.merged(self.model), meter)
+
+        class TakingTurns(comfy.samplers.CFGGuider):
+            def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None) -> Any:
+                base = super().predict_noise(x, timestep, model_options or {}, seed)
+                mine = self.model_patcher
+                comfy.model_management.load_models_gpu([other])
+                adapted = super().predict_noise(x, timestep, model_options or {}, seed)
+                comfy.model_management.load_models_gpu([mine])
+                return BOTH * base + (1.0 - BOTH) * adapted
+
+        guider = TakingTurns(self.counted(self.model, meter))
+        guider.set_conds(self.encode(CONCEPT), self.encode(""))
+        guider.set_cfg(CFG)
+        return self.with_guider(guider, side, batch)
+
+    def hooks(self, meter: Meter, side: int, batch: int) -> Any:
+        """The adapter as a LoRA hook on a second pair of conditionings."""
+        import comfy.hooks
+        import comfy.samplers
+
+        hook = comfy.hooks.create_hook_lora(self.patches(), 1.0, 0.0)
+
+        class Hooked(comfy.samplers.CFGGuider):
+            def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None) -> Any:
+                names = ("positive", "negative", "adapted_positive", "adapted_negative")
+                conds = [self.conds[name] for name in names]
+                rows = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options or {})
+                base, adapted = (low + self.cfg * (high - low) for high, low in (rows[:2], rows[2:]))
+                return BOTH * base + (1.0 - BOTH) * adapted
+
+        hooked = {
+            f"adapted_{name}": comfy.hooks.set_hooks_for_conditioning(self.encode(prompt), hook)
+            for name, prompt in (("positive", CONCEPT), ("negative", ""))
+        }
+        guider = Hooked(self.counted(self.model, meter))
+        guider.inner_set_conds({"positive": self.encode(CONCEPT), "negative": self.encode(""), **hooked})
+        guider.set_cfg(CFG)
+        return self.with_guider(guider, side, batch)
+
+    def cases(self) -> dict[str, Case]:
+        """What is measured, by name."""
+
+        def gated(prompt: str, mode: str = "trajectory", **options: Any) -> Case:
+            def sample(meter: Meter, side: int, batch: int) -> Any:
+                return self.sample(self.guided(self.counted(self.model, meter), mode, **options), prompt, side, batch)
+
+            return prompt, sample
+
+        return {
+            "not_detected": gated(UNRELATED),
+            "detected_continue": gated(CONCEPT),
+            "detected_restart": gated(CONCEPT, on_detection="restart"),
+            "detected_continue_both": gated(CONCEPT, weight=BOTH),
+            "detected_restart_both": gated(CONCEPT, weight=BOTH, on_detection="restart"),
+            "probe": gated(UNRELATED, "probe"),
+            "official": gated(UNRELATED, "official"),
+            "ten_adapters_not_detected": gated(UNRELATED, ten=True),
+            "clones": (CONCEPT, self.clones),
+            "hooks": (CONCEPT, self.hooks),
+        }
+
+
+def measured(bench: Bench, prompt: str, sample: Sample, side: int, batch: int, times: int) -> Result:
+    """A case against plain sampling, `times` of each in turn after one of each that does not count."""
+    plain_runs: list[Meter] = []
+    case_runs: list[Meter] = []
+    bits = 0
+    for number in range(times + 1):
+        for runs, draw in ((plain_runs, None), (case_runs, sample)):
+            meter = Meter()
+            with watched_memory(meter):
+                started = time.perf_counter()
+                if draw is None:
+                    expected = bench.sample(bench.counted(bench.model, meter), prompt, side, batch)
+                else:
+                    found = draw(meter, side, batch)
+                meter.seconds = time.perf_counter() - started
+            if number:
+                runs.append(meter)
+        bits = differing_bits(expected, found)
+
+    def ratio(name: str) -> float:
+        case, plain = ([getattr(meter, name) for meter in runs] for runs in (case_runs, plain_runs))
+        return round(statistics.median(case) / statistics.median(plain), 4)
+
+    mine, plain = (round(statistics.median(m.seconds for m in runs), 3) for runs in (case_runs, plain_runs))
+    sizes = {"latent": side, "batch": batch, "steps": STEPS, "times": times}
+    return Result(ratio("rows"), ratio("seconds"), ratio("memory"), bits, mine, plain, sizes)
+
+
+def differing_bits(first: Any, second: Any) -> int:
+    """How many bits of two float32 latents differ."""
+    import numpy as np
+
+    a, b = (tensor.float().cpu().contiguous().numpy().view(np.uint32) for tensor in (first, second))
+    return int(np.unpackbits((a ^ b).view(np.uint8)).sum())
+
+
+def table(cases: dict[str, dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    lines = [
+        "| case | latent | batch | evaluations | wall time | peak memory | differing bits | s (plain) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, case in cases.items():
+        size = case["sizes"]
+        lines.append(
+            f"| {name} | {size['latent']}x{size['latent']} | {size['batch']} | {case['evaluations_ratio']:.3f}x | "
+            f"{case['wall_ratio']:.2f}x | {case['memory_ratio']:.3f}x | {case['differing_bits']} | "
+            f"{case['seconds']:.1f} ({case['plain_seconds']:.1f}) |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    import torch
+
+    if torch.cuda.is_available() and os.environ.get("UNGUIDE_HOST_DEVICE") != "cpu":
+        return torch.cuda.get_device_name()
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = models[0].split(":")[1].strip() if models else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--markdown", type=Path, help="a document whose table is replaced, such as docs/bench.md")
+    parser.add_argument("--quick", action="store_true", help="8x8 latents and batch 1 only")
+    parser.add_argument("--times", type=int, default=5, help="of each case at 8x8 and batch 1; once at larger sizes")
+    parser.add_argument("--case", nargs="+", help="only these")
+    arguments = parser.parse_args()
+    start_host()
+    import torch
+
+    results: dict[str, dict[str, Any]] = {}
+    with torch.inference_mode():
+        bench = Bench()
+        sizes = [(8, 1)] if arguments.quick else [(8, 1), (8, 4), (16, 1), (16, 4), (32, 1), (32, 4)]
+        for side, batch in sizes:
+            smallest = (side, batch) == sizes[0]
+            for name, (prompt, sample) in bench.cases().items():
+                chosen = not arguments.case or name in arguments.case
+                if not chosen or (not smallest and name not in LARGER):
+                    continue
+                times = arguments.times if smallest else 1
+                key = name if smallest else f"{name}_{side}x{side}_batch{batch}"
+                results[key] = asdict(measured(bench, prompt, sample, side, batch, times))
+                sys.stderr.write(f"{key}: {results[key]}\n")
+    report = f"Measured on {machine()}; {STEPS} steps, look at step {LOOK_AT}.\n\n{table(results)}"
+    sys.stdout.write(report + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "cases": results}, indent=1) + "\n")
+    if arguments.markdown:
+        before, rest = arguments.markdown.read_text().split(BEGIN)
+        arguments.markdown.write_text(f"{before}{BEGIN}\n\n{report}\n\n{END}{rest.split(END)[1]}")
+
+
+LARGER = ("not_detected", "detected_continue", "detected_restart_both", "ten_adapters_not_detected")
+"""Cases that are measured at larger sizes as well."""
+
+
+if __name__ == "__main__":
+    main()
