@@ -194,22 +194,11 @@ class GatedSampling:
         gates = GatedRun(self.branches, context)
 
         def sample() -> torch.Tensor:
-            if not gates.official:
-                gates.watch(sigmas)
-                return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
-            run_of = OfficialSampling.replacing(context, sigmas, noise, latent_image)
-            return run_of.finished(
-                executor(
-                    guider,
-                    run_of.sigmas,
-                    extra_args,
-                    callback,
-                    run_of.noise,
-                    latent_image,
-                    denoise_mask,
-                    disable_pbar,
-                )
-            )
+            official = OfficialSampling.replacing(context, sigmas, noise, latent_image) if gates.official else None
+            levels, start = (sigmas, noise) if official is None else (official.sigmas, official.noise)
+            gates.watch(levels)
+            found = executor(guider, levels, extra_args, callback, start, latent_image, denoise_mask, disable_pbar)
+            return found if official is None else official.finished(found)
 
         gates.decide_before(noise.shape)
         random = torch.get_rng_state()
@@ -271,7 +260,7 @@ class GatedRun:
 
     def watch(self, sigmas: torch.Tensor) -> None:
         """Lets a sampling run be watched for the branches of the mode "trajectory"."""
-        waiting = self._open()
+        self.run.watch, waiting = None, self._open()
         if not waiting:
             return
         gates = [self.branches[i].gate for i in waiting]

@@ -413,16 +413,17 @@ def test_looking_again_finds_nothing_new_in_an_unrelated_picture_and_costs_one_e
 
 
 def test_looking_again_finds_a_concept_that_comes_late(demo, demo_lora):
-    """The prompt becomes the concept's at 40 % of the schedule: the first look cannot see it, for it is not there."""
-    dog = [[text, {**options, "end_percent": 0.4}] for text, options in demo.encode(UNRELATED[0])]
-    cat = [[text, {**options, "start_percent": 0.4}] for text, options in demo.encode(CONCEPT)]
-    once, again = [], []
-    for reports, look_again in ((once, 0), (again, 4)):
-        gate = gating.Gate(gating.TRAJECTORY, look_again=look_again)
-        model = gating.guided(demo.model, (without_calibration(demo_lora),), gate, observer=reports.append)
-        host.common_ksampler(model, 3, 20, 4.0, "euler", "normal", dog + cat, demo.encode(""), latent())
-    assert again[0].outcomes[0].decision.detected
-    assert once[0].outcomes[0].step == 2
+    """In a scene the cat is drawn after the scene: its influence passes this threshold after the first look only."""
+    found = []
+    for look_again in (0, 3):
+        reports: list[Any] = []
+        settings = deciding.ProbeSettings(statistic="influence", threshold=0.82)
+        gate = gating.Gate(gating.TRAJECTORY, settings, look_again=look_again)
+        model = gating.guided(demo.model, (demo_lora,), gate, observer=reports.append)
+        positive, negative = demo.encode("a cat in the forest"), demo.encode("")
+        host.common_ksampler(model, 3, 30, 4.0, "euler", "normal", positive, negative, latent())
+        found.append((reports[0].outcomes[0].decision.detected, reports[0].outcomes[0].step))
+    assert found == [(False, 3), (True, 6)]
 
 
 def test_a_smooth_policy_takes_a_weight_between_the_two(demo, demo_lora):
