@@ -201,17 +201,29 @@ class GatedSampling:
             return found if official is None else official.finished(found)
 
         gates.decide_before(noise.shape)
-        random = torch.get_rng_state()
+        rewind = _random_state()
         try:
             latent = sample()
         except Restart:
-            torch.set_rng_state(random)
+            rewind()
             gates.account("wasted")
             latent = sample()
         show(gates.outcomes(), finished=True)
         if self.observer is not None:
             self.observer(gates.report(noise.shape[0], time.perf_counter() - started))
         return latent
+
+
+def _random_state() -> Callable[[], None]:
+    """Notes the global random numbers, the GPUs' as well; returns what brings them back."""
+    cpu, gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def rewind() -> None:
+        torch.set_rng_state(cpu)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+    return rewind
 
 
 class GatedRun:
