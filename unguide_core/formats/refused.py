@@ -19,7 +19,7 @@ REFUSED = (
     (r"\.lora_(update|degen)\b|\bselector\.select_", "GLoCE", "a gate inside it opens and closes with the activations"),
     (r"attention_gate|\battn_gate\b|edit_direction", "CPE", "an attention gate inside it decides, token by token"),
     (
-        r"attentions\.\d+\.(.*\.)?(adapter\.)?(down|up)\.(weight|bias)$|\beraser\.|_eraser\.",
+        r"attentions\.\d+\.(transformer_blocks\.\d+\.attn2\.)?(adapter\.)?(down|up)\.(weight|bias)$|[._]erasers?\.",
         "Receler",
         "its erasers have a non-linear activation",
     ),
@@ -32,8 +32,8 @@ REFUSED = (
 """(what a key matches, the format's name, why it cannot be used)."""
 
 REMEDY = (
-    "use a low-rank adapter in UnGuide's, kohya's (lora_unet_...), PEFT's, diffusers' or ComfyUI's naming, or convert it "
-    "to one with its own tool"
+    "use a low-rank adapter in UnGuide's, kohya's (lora_unet_...), PEFT's, diffusers' or ComfyUI's naming, or convert "
+    "it to one with its own tool"
 )
 
 
