@@ -258,7 +258,8 @@ FAMILIES = {
             ),
         ),
         Family(
-            "SD 2.x", "BaseModel", "EPS", unet(**HEADS_OF_64, context_dim=1024), 1024, UNET_LAYERS, names=unet_names, layout="demo",
+            "SD 2.x", "BaseModel", "EPS", unet(**HEADS_OF_64, context_dim=1024), 1024, UNET_LAYERS, names=unet_names,
+            layout="demo",
             diffusers=their_unet(
                 block_out_channels=(320, 320), layers_per_block=1, down_block_types=(CROSS[0],) * 2,
                 up_block_types=(CROSS[1],) * 2, cross_attention_dim=1024, attention_head_dim=5,
@@ -275,7 +276,9 @@ FAMILIES = {
                 addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
             ),
         ),
-        Family("SDXL v", "SDXL", "V_PREDICTION", unet(**SDXL, markers=("v_pred",)), 2048, UNET_LAYERS, pooled=1280),
+        Family(
+            "SDXL v", "SDXL", "V_PREDICTION", unet(**SDXL, markers=("v_pred",)), 2048, UNET_LAYERS, pooled=1280,
+        ),
         Family("SD 3.x", "SD3", "FLOW", sd3, 256, SD3_LAYERS, 2048, 16, their_sd3, sd3_names),
         Family("Flux dev", "Flux", "FLUX", flux(True), 256, FLUX_LAYERS, 768, 16, their_flux, flux_names),
         Family("Flux schnell", "Flux", "FLOW", flux(False), 256, FLUX_LAYERS, 768, 16),
