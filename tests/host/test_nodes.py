@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import load_pack, pack_module
 
-IDS = {"UnGuideLoadErasureLora", "UnGuideProbe", "UnGuideModel", "UnGuideSampler"}
+IDS = {"UnGuideLoadErasureLora", "UnGuideProbe", "UnGuideModel", "UnGuideSampler", "UnGuideSaveErasureLora"}
 
 
 @pytest.fixture(scope="module")
