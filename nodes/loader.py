@@ -78,16 +78,16 @@ class LoadErasureLora(io.ComfyNode):
                     tooltip="Of files with full weights: the share of each layer's change that the LoRA made of them "
                     "keeps. Its rank follows from it.",
                 ),
+                ErasureLoraWire.Input(
+                    "erasure_lora",
+                    optional=True,
+                    tooltip="Another erasure LoRA, to erase several concepts at once; each has its own decision.",
+                ),
                 io.Model.Input(
                     "model",
                     optional=True,
                     tooltip="The base model. Needed for files with full weights (ESD, UCE, concept ablation), which "
                     "are compared with it. With others it is checked that the layers fit.",
-                ),
-                ErasureLoraWire.Input(
-                    "erasure_lora",
-                    optional=True,
-                    tooltip="Another erasure LoRA, to erase several concepts at once; each has its own decision.",
                 ),
             ],
             outputs=[
