@@ -27,6 +27,10 @@ _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 _METADATA = "unguide.json"
 """A member that we add to torch zips, for torch has no place for metadata and ignores members that it does not know."""
 
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64, torch.complex128),
+}
 _JSON_LIMIT = 4 << 20
 _PICKLE_LIMIT = 16 << 20
 _DEPTH = 3
@@ -56,12 +60,21 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     else:
         _check_safetensors_header(start, size)
         tensors, metadata = _read_safetensors(path)
+    strange = next((key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES), None)
+    if strange is not None:
+        raise ValueError(f"'{strange}' has dtype {tensors[strange].dtype}; expected plain numbers: save it as float16")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if claimed > size:
         raise ValueError(
             f"its tensors claim {claimed} bytes and the file has {size}; it is damaged or forged, do not use it"
         )
     return tensors, metadata
+
+
+def is_torch_zip(path: Path) -> bool:
+    """Whether a file begins as torch's zips do."""
+    with path.open("rb") as file:
+        return file.read(4) == _ZIP_MAGIC
 
 
 def read_json(path: Path) -> dict[str, object]:

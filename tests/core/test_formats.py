@@ -416,6 +416,14 @@ def test_an_alpha_that_is_not_one_real_number_is_refused(file, randn):
     refused(file({**pair(randn, KOHYA), f"{KOHYA}.alpha": torch.ones(2)}), "alpha' is [1.0, 1.0]; expected one")
 
 
+def test_packed_numbers_of_four_bits_are_refused_as_factors_and_as_full_weights(tmp_path):
+    for key in (f"{KOHYA}.lora_down.weight", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"):
+        header = f'{{"{key}":{{"dtype":"F4","shape":[4,4],"data_offsets":[0,8]}}}}'.encode()
+        path = tmp_path / "cat.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+        refused(path, "float4", "save it as float16", base=lambda name: torch.ones(4, 4))
+
+
 def test_weights_that_are_whole_numbers_are_refused(file, randn):
     refused(file({k: v.to(torch.int8) for k, v in pair(randn, KOHYA).items()}), "dtype torch.int8; expected a floating")
 

@@ -148,6 +148,23 @@ def replaced(family: Family, weights: dict[str, torch.Tensor]) -> torch.Tensor:
             family.weight(layer).copy_(value)
 
 
+def test_kohyas_own_flux_names_act_on_the_fused_weight(lora_folder):
+    """kohya has one layer for q, k and v: [3 * hidden, rank] up."""
+    flux = FAMILIES["Flux dev"]
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    generator = torch.Generator().manual_seed(2)
+    down, up = torch.randn(2, 128, generator=generator), 0.1 * torch.randn(384, 2, generator=generator)
+    save_file({f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}, lora_folder / "flux.safetensors")
+    lora, report = load("flux.safetensors", model=flux.model)
+    assert report["model"]["matched"] == 1
+    weight = flux.model.model.diffusion_model.double_blocks[0].img_attn.qkv.weight
+    found, before = adapted(flux, lora.adapter), weight.clone()
+    weight.add_(up @ down)
+    assert relative(found, Inputs(flux).ours()) < 1e-5
+    weight.copy_(before)
+    assert relative(found, Inputs(flux).ours()) > 1e-3
+
+
 # saving
 
 

@@ -25,7 +25,8 @@ matching = pack_module("unguide_comfy.matching")
 
 ARCHITECTURES = {"SD 1.x": "SD 1.x", "SD 2.x": "SD 2.x", "SDXL": "SDXL", "SD 3.x": "SD 3.x", "Flux": "Flux dev"}
 FORMATS = ("official", "kohya", "spm", "sliders", "generic", "peft", "diffusers", "diffusers, old", "full")
-TESTED, REFUSED, OTHER = "tested", "refused", "other"
+TESTED, REFUSED = "tested", "refused"
+ATTENTION = r"\.to_([a-z]+)(\.0)?$"
 DOCUMENT = ROOT / "docs" / "formats.md"
 found: dict[tuple[str, str], str] = {}
 
@@ -79,7 +80,7 @@ def file_of(format: str, family: Family, layers: dict[str, Any], folder: Path) -
             change = one.weight_delta().reshape(family.weight(layer).shape)
             tensors[dotted.split(".", 1)[1] + ".weight"] = family.weight(layer) + change
         else:
-            stem = re.sub(r"\.to_(\w+?)(\.0)?$", r".processor.to_\1_lora", dotted)
+            stem = re.sub(ATTENTION, r".processor.to_\1_lora", dotted)
             tensors |= {f"{stem}.down.weight": one.down, f"{stem}.up.weight": one.up}
     save_file(tensors, path)
     return path
@@ -88,18 +89,13 @@ def file_of(format: str, family: Family, layers: dict[str, Any], folder: Path) -
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_of_each_format_predicts_what_it_says_on_each_architecture(architecture, format, tmp_path):
     family = FAMILIES[ARCHITECTURES[architecture]]
-    unet = architecture in ("SD 1.x", "SD 2.x", "SDXL")
     layers = layers_of(family, linear=format == "official")
     if format == "diffusers, old":
-        layers = {layer: one for layer, one in layers.items() if ".attn" in names.dotted(layer)}
-    if not unet and format == "official":
+        layers = {layer: one for layer, one in layers.items() if re.search(ATTENTION, names.dotted(layer))}
+    if architecture in ("SD 3.x", "Flux") and format == "official":
         with pytest.raises(formats.AdapterError, match="linear layers of a UNet only"):
             file_of(format, family, layers, tmp_path)
         found[format, architecture] = REFUSED
-        return
-    if not unet and format in ("spm", "sliders", "diffusers, old"):
-        found[format, architecture] = OTHER
-        assert documented()[format, architecture] == OTHER
         return
     path = file_of(format, family, layers, tmp_path)
     base = matching.base_weights(family.model) if format == "full" else None

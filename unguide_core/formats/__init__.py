@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..card import Card
-from ..containers import json_object, read_json, read_tensors, write, write_folder
+from ..containers import is_torch_zip, json_object, read_json, read_tensors, write, write_folder
 from . import peft
 from .elsewhere import with_prompts, without_ours
 from .full import ENERGY, BaseWeights, are_weights, read_full
@@ -81,7 +81,7 @@ def load_adapter(
         scales, rule = _scales(config, metadata)
         found = _layers(tensors, alpha, scales, rule, base, energy, partial)
         card, source_format = with_prompts(card, found.source_format)
-        if source_format == "kohya" and not metadata and file.read_bytes()[:2] == b"PK":
+        if source_format == "kohya" and is_torch_zip(file):
             source_format = "sliders"
         if not card.base_model and config is not None:
             card = replace(card, base_model=str(config.get("base_model_name_or_path") or ""))
