@@ -253,17 +253,18 @@ def main(folder: Path, mutations: int = MUTATIONS, first: int = SEED) -> int:
         name = data.draw(st.sampled_from(sorted(changed)))
         mutator = data.draw(st.sampled_from(MUTATORS))
         changed[name] = mutator(data, changed[name])
+        said = ""
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             read(folder, changed)
-            counts["loaded"] += 1
         except AdapterError as error:
-            counts["refused"] += 1
-            assert "alloc" not in str(error), f"only the limit stopped it: {error}"
             said = str(error).partition(": ")[2]
-            reasons[said[:24]] = reasons.get(said[:24], 0) + 1
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        assert "alloc" not in said, f"only the limit on memory stopped it: {said}"
+        counts["refused" if said else "loaded"] += 1
+        if said:
+            reasons[said[:24]] = reasons.get(said[:24], 0) + 1
         counts["mutations"] += 1
         assert not (folder / "i_ran").exists(), "somebody's code has run"
 
