@@ -2,11 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibrate, guide, loader, probe, sampler
+from . import calibrate, guide, loader, probe, sampler, save
 
 
 class UnGuideExtension(ComfyExtension):
     """All nodes of the pack, in the order of the menu."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*loader.NODES, *calibrate.NODES, *probe.NODES, *guide.NODES, *sampler.NODES]
+        every = (loader, calibrate, probe, guide, sampler, save)
+        return [node for module in every for node in module.NODES]

@@ -147,7 +147,7 @@ def read_card(context: Context, lora: ErasureLora, statistic: str, look: Look) -
     calibration = Calibration.from_card(content)
     if calibration is None:
         return CardReading(note="the card's calibration is of another version; calibrate the adapter anew")
-    if calibration.adapter != lora.key:
+    if calibration.adapter != lora.calibration_key:
         return CardReading(note="the card's calibration is for another adapter or strength")
     if calibration.model != context.model_key:
         return CardReading(

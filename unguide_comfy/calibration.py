@@ -188,7 +188,7 @@ class _Calibration(comfy.samplers.Sampler):
         self.calibrations = [
             Calibration(
                 model=self.key,
-                adapter=lora.key,
+                adapter=lora.calibration_key,
                 latent=tuple(noise.shape[1:]),
                 cfg=context.cfg,
                 repeats=self.settings.own_repeats,

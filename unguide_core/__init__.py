@@ -6,7 +6,9 @@ Knows no host program: nothing in here imports ComfyUI, diffusers or peft. Impor
     guidance.py     blend base and adapted predictions; classifier-free guidance
     probe.py        is the erased concept in this prompt? statistics and the decision
     adapter.py      low-rank layers, an adapter, its card
-    formats.py      the formats that adapters come in
+    card.py         what an adapter erases; readable without torch
+    names.py        what layers are called, here and elsewhere
+    formats/        the formats that adapters come in
     containers.py   the files that hold them, opened without running anything in them
     objective.py    what an erasure adapter is trained towards
     trajectory.py   noise schedules and the partial denoising loop

@@ -1,20 +1,22 @@
-"""Erasure adapters: low-rank layers, and the card that says what they erase.
+"""Erasure adapters: low-rank layers, and the card that says what they erase (see card.py).
 
-Knows no file format (see formats.py) and no model: layers are found by name by whoever applies them.
+Knows no file format (see formats/) and no model: layers are found by name by whoever applies them.
 """
 
 import hashlib
-import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from .card import CARD_VERSION, Card
+
+__all__ = ["CARD_VERSION", "Adapter", "Card", "LowRank", "initial_low_rank"]
 
 _PRECISIONS = (
     torch.float16,
@@ -141,148 +143,21 @@ def initial_low_rank(
     return LowRank(down, torch.zeros(out_features, rank, requires_grad=True), scale)
 
 
-CARD_VERSION = 1
-_PREFIX = "unguide."
-
-
-@dataclass(frozen=True)
-class Card:
-    """What an adapter erases and how it came about.
-
-    Stored as safetensors metadata, each field under the key `unguide.<field>`: text as it is, everything else as JSON.
-    A field with its default value is not stored, except the version.
-
-    version: of this list of keys.
-    concept: what is erased, a word or two ("cat").
-    synonyms: other words for it that were trained, or shall be tested.
-    target: the prompt that was trained away ("a photo of the cat"), which is the concept's own prompt for the probe; if
-        empty, the concept itself is, see `concept_prompt`.
-    reference: the prompt whose prediction took its place.
-    neutral: the prompt that the probe compares with; usually the empty one.
-    objective: what it was trained towards ("paper", "selective", ...).
-    base_model, base_hash: the model it was trained on: a name, and the sha256 of its diffusion weights.
-    rank, alpha: of every layer, where all agree; scale = alpha / rank.
-    source_format: the format the adapter first came in ("official", "kohya", "generic").
-    settings: of the training, any JSON object.
-    calibration: the influence on the concept's own prompt at the probe, "mean", "std" and "repeats", and the settings
-        it holds for, such as "latent" ([4, 8, 8]), "steps", "step", "sigma", "cfg", "scheduler"; "threshold", where
-        other prompts' influence was measured too and lies below it. Empty if not measured.
-    author, licence: text.
-    extra: metadata that this version does not know, `unguide.` or not; survives unchanged.
-    """
-
-    version: int = CARD_VERSION
-    concept: str = ""
-    synonyms: tuple[str, ...] = ()
-    target: str = ""
-    reference: str = ""
-    neutral: str = ""
-    objective: str = ""
-    base_model: str = ""
-    base_hash: str = ""
-    rank: int | None = None
-    alpha: float | None = None
-    source_format: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    calibration: Mapping[str, Any] = field(default_factory=dict)
-    author: str = ""
-    licence: str = ""
-    extra: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in _TEXT_FIELDS:
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"the card's {name} is {getattr(self, name)!r}; expected text")
-        if not isinstance(self.synonyms, tuple) or not all(isinstance(word, str) for word in self.synonyms):
-            raise ValueError(f"the card's synonyms are {self.synonyms!r}; expected a tuple of texts")
-        if not _is_number(self.version) or self.version != int(self.version):
-            raise ValueError(f"the card's version is {self.version!r}; expected a whole number")
-        if self.rank is not None and (not _is_number(self.rank) or self.rank != int(self.rank) or self.rank < 1):
-            raise ValueError(f"the card's rank is {self.rank!r}; expected a whole number from 1 on")
-        if self.alpha is not None and not _is_number(self.alpha):
-            raise ValueError(f"the card's alpha is {self.alpha!r}; expected a finite number")
-        for name in ("settings", "calibration"):
-            _require_json_object(name, getattr(self, name))
-        mean, std = self.calibration.get("mean", 1.0), self.calibration.get("std", 0.0)
-        if not (_is_number(mean) and _is_number(std) and mean > 0.0 and std >= 0.0):
-            raise ValueError(
-                f"the card's calibration has mean {mean!r} and std {std!r}; expected a norm above 0, and its spread"
-            )
-
-    @property
-    def concept_prompt(self) -> str:
-        """The text to encode as the concept's own prompt; empty if the card knows no concept."""
-        return self.target or self.concept
-
-    def to_metadata(self) -> dict[str, str]:
-        """Return the card as safetensors metadata."""
-        metadata = {**self.extra, f"{_PREFIX}version": str(self.version)}
-        for name, default in _STORED_FIELDS.items():
-            value = getattr(self, name)
-            if value != default:
-                metadata[_PREFIX + name] = value if name in _TEXT_FIELDS else json.dumps(value, sort_keys=True)
-        return metadata
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> "Card":
-        """Return the card that safetensors metadata holds; everything else in it becomes `extra`.
-
-        Raises: ValueError if a value is not what its key promises.
-        """
-        values: dict[str, Any] = {}
-        extra: dict[str, str] = {}
-        for key, text in metadata.items():
-            name = key.removeprefix(_PREFIX)
-            if not key.startswith(_PREFIX) or name not in {"version", *_STORED_FIELDS}:
-                extra[key] = text
-            elif name in _TEXT_FIELDS:
-                values[name] = text
-            else:
-                try:
-                    values[name] = json.loads(text)
-                except ValueError as error:
-                    raise ValueError(f"the card's key '{key}' is '{text}'; expected JSON") from error
-        if isinstance(values.get("synonyms"), list):
-            values["synonyms"] = tuple(values["synonyms"])
-        return cls(**values, extra=extra)
-
-
-_TEXT_FIELDS = tuple(f.name for f in fields(Card) if f.type is str)
-_STORED_FIELDS: dict[str, Any] = {
-    f.name: {} if f.name in ("settings", "calibration") else f.default
-    for f in fields(Card)
-    if f.name not in ("version", "extra")
-}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require_json_object(name: str, value: object) -> None:
-    try:
-        if not isinstance(value, Mapping):
-            raise TypeError("not a mapping")
-        json.dumps(dict(value), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the card's {name} are {value!r}; expected a JSON object of finite numbers and text"
-        ) from error
-
-
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """An erasure adapter: what it changes, and its card.
 
-    layers: by the name under which the host program finds a layer: `diffusion_model.<module path>`, or a kohya stem
-        (`lora_unet_down_blocks_1_...`) as it stands in the file.
+    layers: by their names, see names.py: `diffusion_model.<module path>`, `unet.<diffusers' path>`, ..., or a kohya
+        stem (`lora_unet_down_blocks_1_...`) as it stands in the file.
     card: what is known of it.
     notes: sentences for a person on how the file was read: which scale rule applied, what was left out.
+    partial: whether it may be used on a model that lacks some of its layers.
     """
 
     layers: Mapping[str, LowRank]
     card: Card = field(default_factory=Card)
     notes: tuple[str, ...] = ()
+    partial: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -291,15 +166,27 @@ class Adapter:
     @cached_property
     def fingerprint(self) -> str:
         """The sha256 over the layers' names, shapes, scales and values; card and precision of storage do not count."""
-        digest = hashlib.sha256()
-        for name in sorted(self.layers):
-            layer = self.layers[name]
-            for tensor in (layer.down, layer.up):
-                digest.update(f"{name} {list(tensor.shape)} ".encode())
-                digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-            digest.update(struct.pack("<d", layer.scale))
-        return digest.hexdigest()
+        return _digest(f"{name} ".encode() + _digested(self.layers[name]) for name in sorted(self.layers))
+
+    @cached_property
+    def signature(self) -> str:
+        """The same without the names, which differ from format to format of one adapter."""
+        return _digest(sorted(_digested(layer) for layer in self.layers.values()))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Adapter":
         """Return the same adapter on another device, or in another precision."""
         return replace(self, layers={name: layer.to(device, dtype) for name, layer in self.layers.items()})
+
+
+def _digested(layer: LowRank) -> bytes:
+    """Identifies a layer's shapes, values and scale."""
+    digest = hashlib.sha256()
+    for tensor in (layer.down, layer.up):
+        digest.update(f"{list(tensor.shape)} ".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    digest.update(struct.pack("<d", layer.scale))
+    return digest.digest()
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()

@@ -1,16 +1,19 @@
 """Tensors and metadata in and out of files: safetensors and torch zips, read without running anything in them.
 
-Knows no adapter: what the tensors mean is formats.py's business. Files come from strangers, so every read is checked
-before it is believed, and nothing but tensors is ever unpickled.
+Knows no adapter: what the tensors mean is the business of formats/. Files come from strangers, so every read is checked
+before it is believed, and nothing but tensors is ever unpickled. Files are written in one step, or not at all.
 """
 
+import io
+import json
 import os
 import pickle
 import secrets
+import shutil
 import struct
 import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,13 +21,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .card import HEADER_LIMIT
+
 _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
+_METADATA = "unguide.json"
+"""A member that we add to torch zips, for torch has no place for metadata and ignores members that it does not know."""
+
+_DTYPES = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64, torch.complex128),
+}
+_JSON_LIMIT = 4 << 20
+_PICKLE_LIMIT = 16 << 20
+_DEPTH = 3
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a file's tensors and its metadata (empty for a torch zip), whatever its name ends in.
+    """Return a file's tensors and its metadata (of a torch zip: what `write_torch` put there), whatever its name is.
 
-    Tensors may be views into the file while it lies open: copy what is kept.
+    Nested dicts become keys with dots. Tensors may be views into the file while it lies open: copy what is kept.
 
     Raises: ValueError telling what is wrong with the file; OSError if it cannot be read.
     """
@@ -36,7 +51,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if size == 0:
         raise ValueError("the file is empty; download or save it again")
     if start.startswith(_ZIP_MAGIC):
-        tensors, metadata = _read_torch_zip(path, size), dict[str, str]()
+        tensors, metadata = _read_torch_zip(path, size)
     elif start.startswith(_PICKLE_MAGIC) and start[8:] != b"{":
         raise ValueError(
             "it is a bare pickle, which may run code when opened, and is not read; expected safetensors or a torch "
@@ -45,6 +60,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     else:
         _check_safetensors_header(start, size)
         tensors, metadata = _read_safetensors(path)
+    strange = next((key for key, tensor in tensors.items() if tensor.dtype not in _DTYPES), None)
+    if strange is not None:
+        raise ValueError(f"'{strange}' has dtype {tensors[strange].dtype}; expected plain numbers: save it as float16")
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if claimed > size:
         raise ValueError(
@@ -53,25 +71,101 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file in one step: the new one is complete on the disk before an existing one goes.
+def is_torch_zip(path: Path) -> bool:
+    """Whether a file begins as torch's zips do."""
+    with path.open("rb") as file:
+        return file.read(4) == _ZIP_MAGIC
 
-    Raises: OSError if it cannot be written; an existing file is then untouched and nothing else stays behind.
+
+def read_json(path: Path) -> dict[str, object]:
+    """Return the JSON object in a small file.
+
+    Raises: ValueError if it is none; OSError if it cannot be read.
     """
+    if path.stat().st_size > _JSON_LIMIT:
+        raise ValueError(f"'{path.name}' has {path.stat().st_size} bytes; expected {_JSON_LIMIT} at most")
+    return json_object(path.read_bytes(), path.name)
+
+
+def json_object(text: bytes | str, what: str) -> dict[str, object]:
+    """Return the JSON object in a text. Raises: ValueError if it is none."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{what}' is no JSON ({error}); download or save it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{what}' holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the content of a safetensors file."""
     # copies, for safetensors refuses tensors that share memory
     copies = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    content = save(copies, {"format": "pt", **metadata})
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    return save(copies, {"format": "pt", **metadata})
+
+
+def torch_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the content of a torch zip: a dict of tensors for `torch.load`, the metadata where it does not look."""
+    content = io.BytesIO()
+    torch.save({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, content)
+    with zipfile.ZipFile(content, "a") as archive:
+        folder = archive.namelist()[0].split("/")[0]
+        archive.writestr(f"{folder}/{_METADATA}", json.dumps(dict(metadata)))
+    return content.getvalue()
+
+
+def write(path: Path, content: bytes, *, replace: bool = True) -> None:
+    """Write a file in one step: the new one is complete on the disk before an existing one goes.
+
+    Raises: FileExistsError if there is one and `replace` is False; OSError if it cannot be written. An existing file
+        is then untouched and nothing else stays behind.
+    """
+    with _temporary(path) as temporary:
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _move_to_free_name(temporary, path)
+
+
+def write_folder(path: Path, contents: Mapping[str, bytes]) -> None:
+    """Write a folder of files in one step. Raises: FileExistsError if the name is taken; OSError as `write`."""
+    with _temporary(path) as temporary:
+        temporary.mkdir()
+        for name, content in contents.items():
+            write(temporary / name, content)
+        if path.exists():
+            raise FileExistsError(17, "there is one already", str(path))
+        os.rename(temporary, path)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A free name beside `path`; what still stands there at the end goes."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             temporary.unlink()
+
+
+def _move_to_free_name(temporary: Path, path: Path) -> None:
+    """A hard link fails where the name is taken, in one step; some file systems have none."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
         raise
+    except OSError:
+        if path.exists():
+            raise FileExistsError(17, "there is one already", str(path)) from None
+        os.rename(temporary, path)
 
 
 def _check_safetensors_header(start: bytes, size: int) -> None:
@@ -81,6 +175,8 @@ def _check_safetensors_header(start: bytes, size: int) -> None:
     (header,) = struct.unpack("<Q", start[:8])
     if header > size - 8:
         raise ValueError(f"it is truncated: its header has {header} bytes and the file only {size}; download it again")
+    if header > HEADER_LIMIT:
+        raise ValueError(f"its header has {header} bytes; expected {HEADER_LIMIT} at most: it is damaged or forged")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,9 +191,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def _read_torch_zip(path: Path, size: int) -> dict[str, Tensor]:
-    """A torch zip's dict of tensors, without unpickling anything but tensors."""
-    _check_zip(path, size)
+def _read_torch_zip(path: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A torch zip's dict of tensors, without unpickling anything but tensors, and its metadata."""
+    metadata = _check_zip(path, size)
     try:
         with path.open("rb") as file:  # by its path, torch.load would go by the name's ending
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -108,30 +204,54 @@ def _read_torch_zip(path: Path, size: int) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # torch raises nearly anything on damaged content
         raise ValueError(f"its torch content is damaged ({error}); download or save it again") from error
-    values = list(content.values()) if isinstance(content, dict) else [content]
-    strange = next((value for value in values if not _is_plain(value)), None if isinstance(content, dict) else content)
-    if strange is not None:
-        raise ValueError(
-            f"it holds a {type(strange).__name__} where a dict of plain tensors is expected; "
-            "use the lora.pth that the official trainer wrote"
-        )
-    return {str(key): value for key, value in content.items()}
+    tensors = dict(_flattened(content))
+    if not tensors and content != {}:
+        raise _strange(content)
+    return tensors, metadata
 
 
-def _check_zip(path: Path, size: int) -> None:
-    """A torch zip holds a pickle, and nothing in it is compressed: what unpacks to more than the file is a bomb."""
+def _flattened(content: object, prefix: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dicts (`delta.bin` has {"unet": {...}}), by keys with dots."""
+    if not isinstance(content, dict) or depth == 0:
+        raise _strange(content)
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.", depth - 1)
+        elif isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu":
+            yield f"{prefix}{key}", value.detach()
+        else:
+            raise _strange(value)
+
+
+def _strange(content: object) -> ValueError:
+    return ValueError(
+        f"it holds a {type(content).__name__} where a dict of plain tensors is expected; "
+        "use the lora.pth that the official trainer wrote"
+    )
+
+
+def _check_zip(path: Path, size: int) -> dict[str, str]:
+    """The metadata in a torch zip. In one nothing is compressed: what unpacks to more than the file is a bomb."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except zipfile.BadZipFile as error:
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+                raise ValueError("it is a compressed zip, and torch writes none; expected a file saved by torch")
+            pickles = [member for member in members if member.filename.endswith("data.pkl")]
+            if not pickles:
+                raise ValueError(
+                    "it is a zip without a torch pickle; expected a file saved by torch: unpack it and use what it has"
+                )
+            if any(member.file_size > _PICKLE_LIMIT for member in pickles):
+                raise ValueError(f"its pickle has more than {_PICKLE_LIMIT} bytes; it is damaged or forged")
+            ours = next((m for m in members if m.filename.endswith(f"/{_METADATA}")), None)
+            if ours is None:
+                return {}
+            if ours.file_size > _JSON_LIMIT:
+                raise ValueError(f"its metadata have {ours.file_size} bytes; expected {_JSON_LIMIT} at most")
+            metadata = json_object(archive.read(ours), _METADATA)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, struct.error, RuntimeError) as error:
         raise ValueError(f"its torch zip is damaged or truncated ({error}); download or save it again") from error
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise ValueError("it is a compressed zip, and torch writes none; expected a file saved by torch")
-    if not any(member.filename.endswith("data.pkl") for member in members):
-        raise ValueError(
-            "it is a zip without a torch pickle; expected a file saved by torch: unpack it and use what is in it"
-        )
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"'{_METADATA}' in it holds more than texts; it is damaged, save it again")
+    return {key: str(value) for key, value in metadata.items()}

@@ -15,6 +15,7 @@ from dev.workspace import PACK
 SUMMARY = "run the whole test suite in a real ComfyUI (arguments go to pytest)"
 EXTRA = "any other arguments are pytest's (-k golden -s, tests/host)"
 # not `python -m pytest`: that puts the pack's folder first on the path, where nodes/ hides ComfyUI's nodes.py
+MODULES = ("pytest", "hypothesis", "diffusers", "peft")
 START = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
 
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> int:
     host = prepare.prepare(arguments, progress)
-    require_modules(host.python, ("pytest",))
+    require_modules(host.python, ("pytest", "hypothesis") if arguments.quick else MODULES)
     cache = f"cache_dir={host.base_directory / 'pytest_cache'}"
     options = ["--import-mode=importlib", f"--rootdir={PACK}", "-o", cache]
     quick = ["tests/core"] if arguments.quick else []

@@ -170,6 +170,13 @@ def test_the_fingerprint_depends_on_what_the_adapter_does_and_on_nothing_else(ge
     assert len({adapter.fingerprint, *(Adapter(layers).fingerprint for layers in others)}) == 6
 
 
+def test_the_signature_does_not_depend_on_the_names_of_a_format(generator):
+    first, second = (LowRank(torch.ones(1, 4), torch.full((5, 1), value), 8.0) for value in (1.0, 2.0))
+    adapter, renamed = Adapter({"a": first, "b": second}), Adapter({"x": second, "y": first})
+    assert adapter.signature == renamed.signature
+    assert adapter.signature != Adapter({"a": first, "b": replace(second, scale=4.0)}).signature
+
+
 def test_a_card_survives_metadata_unknown_keys_included():
     metadata = FULL_CARD.to_metadata()
     assert all(isinstance(value, str) for value in metadata.values())

@@ -86,7 +86,9 @@ def test_the_packs_root_imports_nothing_of_the_host_at_import_time():
 
 def test_importing_the_whole_core_loads_no_host_and_no_heavy_package():
     names = [
-        f"unguide_core.{path.stem}" for path in modules("unguide_core") if path.stem not in ("__init__", "__main__")
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+        for path in modules("unguide_core")
+        if path.stem not in ("__init__", "__main__")
     ]
     code = (
         f"import sys; sys.path.append({str(REPOSITORY)!r}); "
@@ -96,6 +98,19 @@ def test_importing_the_whole_core_loads_no_host_and_no_heavy_package():
     loaded = set(run.stdout.split())
     assert "torch" in loaded
     assert not loaded & (HOST | EXTRAS | {"unguide_comfy", "nodes", "pandas", "scipy", "PIL"})
+
+
+def test_reading_a_card_needs_the_standard_library_only():
+    file = REPOSITORY / "demo" / "loras" / "selective" / "cat.safetensors"
+    code = (
+        f"import sys; sys.path.append({str(REPOSITORY)!r}); from unguide_core.card import read_card; "
+        f"print(read_card({str(file)!r}).concept, *{{name.split('.')[0] for name in sys.modules}})"
+    )
+    alone = [sys.executable, "-I", "-S", "-c", code]  # without any installed package
+    run = subprocess.run(alone, capture_output=True, text=True, check=True)
+    concept, *loaded = run.stdout.split()
+    assert concept == "cat"
+    assert set(loaded) <= {*sys.stdlib_module_names, "unguide_core", "__main__"}
 
 
 def test_importing_the_package_alone_loads_not_even_torch():

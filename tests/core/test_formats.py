@@ -102,7 +102,9 @@ def test_a_missing_alpha_means_scale_one_as_in_the_host_and_is_noted(file, randn
     adapter = load_adapter(file({**pair(randn, KOHYA, rank=4), **pair(randn, KOHYA_LDM, rank=2, alpha=1.0)}))
     assert adapter.layers[KOHYA].scale == 1.0
     assert adapter.layers[KOHYA_LDM].scale == 0.5
-    assert "scale 1 for 1 layers that have none" in adapter.notes[0]
+    assert "the file's alpha (1 layers)" in adapter.notes[0]
+    assert "scale 1, that is alpha = rank" in adapter.notes[0]
+    assert "for the file stores none (1 layers)" in adapter.notes[0]
     assert (adapter.card.rank, adapter.card.alpha) == (None, None)
 
 
@@ -343,18 +345,30 @@ def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path):
         ("lora_unet_x.lora_mid.weight", "CP decomposition"),
         ("diffusion_model.x.diff", "full weight differences"),
         ("lora_unet_x.set_weight", "full replacement weights"),
-        ("base_model.model.down_blocks.0.to_k.lora_A.weight", "PEFT or diffusers"),
-        ("unet.down_blocks.0.processor.to_k_lora.down.weight", "PEFT or diffusers"),
-        ("unet.down_blocks.0.to_k.lora.down.weight", "PEFT or diffusers"),
+        ("base_model.model.down_blocks.0.to_k.lora_magnitude_vector", "DoRA"),
+        ("lora_unet_x.oft_R.weight", "OFT"),
+        ("lora_unet_x.on_input", "IA3"),
+        ("down_blocks.0.vera_lambda_d", "VeRA"),
+        ("text_model.lora_embedding_A", "LoRA of an embedding"),
+        ("lora_unet_x.reshape_weight", "reshaped weights"),
+        ("lora_unet_x_attn2_to_k.lora_degen.weight", "GLoCE"),
+        ("lora_unet_x_attn2_to_k.selector.select_weight.weight", "GLoCE"),
+        ("lora_unet_x.attention_gate.encoder_layer.slf_attn.w_qs.weight", "CPE"),
+        ("down_blocks.0.attentions.0.down.weight", "Receler"),
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.adapter.up.bias", "Receler"),
+        ("down_blocks.0.to_k.lora_B.bias", "biases"),
+        ("base_model.model.conv_out.modules_to_save.weight", "modules_to_save"),
+        ("lora_controlnet", "ControlLoRA"),
     ],
 )
 def test_formats_that_are_no_low_rank_adapters_are_refused_by_name(file, randn, key, name):
     path = file({**pair(randn, KOHYA, alpha=1.0), key: randn(4, 4)})
-    refused(path, name, key, "convert it")
+    refused(path, name, key, "which is refused", "convert it")
 
 
 def test_full_weights_and_foreign_names_are_refused(file, randn):
-    refused(file({"model.diffusion_model.out.2.weight": randn(4, 4)}), "no low-rank layers", "perhaps full weights")
+    refused(file({"model.diffusion_model.out.2.weight": randn(4, 4)}), "full weights", "connect that model")
+    refused(file({"first_stage_model.weight": randn(4, 4)}), "no low-rank layers")
     refused(file(pair(randn, "somewhere.else")), "1 layers of unknown naming, such as 'somewhere.else'", "lora_unet_")
     refused(file({**pair(randn, KOHYA), "note": randn(1)}), "'note', which belongs to no low-rank layer")
     refused(file({}), "holds no tensors")
@@ -400,6 +414,14 @@ def test_nan_and_infinity_are_refused_with_the_layers_name(file, tmp_path, randn
 def test_an_alpha_that_is_not_one_real_number_is_refused(file, randn):
     refused(file({**pair(randn, KOHYA), f"{KOHYA}.alpha": torch.tensor(1j)}), "expected one finite number")
     refused(file({**pair(randn, KOHYA), f"{KOHYA}.alpha": torch.ones(2)}), "alpha' is [1.0, 1.0]; expected one")
+
+
+def test_packed_numbers_of_four_bits_are_refused_as_factors_and_as_full_weights(tmp_path):
+    for key in (f"{KOHYA}.lora_down.weight", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"):
+        header = f'{{"{key}":{{"dtype":"F4","shape":[4,4],"data_offsets":[0,8]}}}}'.encode()
+        path = tmp_path / "cat.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+        refused(path, "float4", "save it as float16", base=lambda name: torch.ones(4, 4))
 
 
 def test_weights_that_are_whole_numbers_are_refused(file, randn):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import load_pack, pack_module
 
-IDS = {"UnGuideLoadErasureLora", "UnGuideCalibrate", "UnGuideProbe", "UnGuideModel", "UnGuideSampler"}
+IDS = {f"UnGuide{name}" for name in ("LoadErasureLora", "Calibrate", "Probe", "Model", "Sampler", "SaveErasureLora")}
 
 
 @pytest.fixture(scope="module")

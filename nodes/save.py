@@ -1,0 +1,47 @@
+"""Save Erasure LoRA."""
+
+from comfy_api.latest import io
+
+from ..unguide_comfy.erasure import ErasureLora
+from ..unguide_comfy.saving import save_erasure_loras
+from ..unguide_core.formats import FORMATS
+from .wires import erasure_lora_input, schema
+
+
+class SaveErasureLora(io.ComfyNode):
+    """Writes erasure adapters with their cards."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="UnGuideSaveErasureLora",
+            display_name="Save Erasure LoRA",
+            description="Saves an erasure LoRA with its card, below the output folder; output/loras is searched by "
+            "Load Erasure LoRA as well. A file is never replaced: each gets a number of its own.",
+            search_aliases=["export lora", "convert lora", "save lora", "unlearning"],
+            inputs=[
+                erasure_lora_input(),
+                io.String.Input(
+                    "filename_prefix",
+                    default="loras/unguide_erasure",
+                    tooltip="The file's name, folders before it; a number is added. %year%, %month%, %day% are "
+                    "replaced. A stack is saved as one file each.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="kohya",
+                    tooltip="generic: ComfyUI's own names. kohya: for most other programs. diffusers: for pipelines. "
+                    "peft: a folder for PEFT. official: the research code's lora.pth, without convolutions.",
+                ),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, erasure_lora: tuple[ErasureLora, ...], filename_prefix: str, format: str) -> io.NodeOutput:
+        return io.NodeOutput(ui={"text": save_erasure_loras(erasure_lora, filename_prefix, format)})
+
+
+NODES = [SaveErasureLora]

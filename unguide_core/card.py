@@ -1,0 +1,170 @@
+"""The card: what an erasure adapter erases, and how it came about. The standard library alone: readable without torch.
+
+from unguide_core.card import read_card
+print(read_card("cat.safetensors").concept)
+"""
+
+import json
+import os
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+HEADER_LIMIT = 16 << 20
+"""Bytes of a safetensors header that are read at most; the largest known adapters have less than one MiB."""
+
+CARD_VERSION = 1
+_PREFIX = "unguide."
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an adapter erases and how it came about.
+
+    Stored as safetensors metadata, each field under the key `unguide.<field>`: text as it is, everything else as JSON.
+    A field with its default value is not stored, except the version.
+
+    version: of this list of keys.
+    concept: what is erased, a word or two ("cat").
+    synonyms: other words for it that were trained, or shall be tested.
+    target: the prompt that was trained away ("a photo of the cat"), which is the concept's own prompt for the probe; if
+        empty, the concept itself is, see `concept_prompt`.
+    reference: the prompt whose prediction took its place.
+    neutral: the prompt that the probe compares with; usually the empty one.
+    objective: what it was trained towards ("paper", "selective", ...).
+    base_model, base_hash: the model it was trained on: a name, and the sha256 of its diffusion weights.
+    rank, alpha: of every layer, where all agree; scale = alpha / rank.
+    source_format: the format the adapter first came in ("official", "kohya", "spm", ...: see docs/formats.md).
+    settings: of the training, any JSON object.
+    calibration: the influence on the concept's own prompt at the probe, "mean", "std" and "repeats", and the settings
+        it holds for, such as "latent" ([4, 8, 8]), "steps", "step", "sigma", "cfg", "scheduler"; "threshold", where
+        other prompts' influence was measured too and lies below it. Empty if not measured.
+    author, licence: text.
+    extra: metadata that this version does not know, `unguide.` or not; survives unchanged.
+    """
+
+    version: int = CARD_VERSION
+    concept: str = ""
+    synonyms: tuple[str, ...] = ()
+    target: str = ""
+    reference: str = ""
+    neutral: str = ""
+    objective: str = ""
+    base_model: str = ""
+    base_hash: str = ""
+    rank: int | None = None
+    alpha: float | None = None
+    source_format: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    author: str = ""
+    licence: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in _TEXT_FIELDS:
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"the card's {name} is {getattr(self, name)!r}; expected text")
+        if not isinstance(self.synonyms, tuple) or not all(isinstance(word, str) for word in self.synonyms):
+            raise ValueError(f"the card's synonyms are {self.synonyms!r}; expected a tuple of texts")
+        if not _is_number(self.version) or self.version != int(self.version):
+            raise ValueError(f"the card's version is {self.version!r}; expected a whole number")
+        if self.rank is not None and (not _is_number(self.rank) or self.rank != int(self.rank) or self.rank < 1):
+            raise ValueError(f"the card's rank is {self.rank!r}; expected a whole number from 1 on")
+        if self.alpha is not None and not _is_number(self.alpha):
+            raise ValueError(f"the card's alpha is {self.alpha!r}; expected a finite number")
+        for name in ("settings", "calibration"):
+            _require_json_object(name, getattr(self, name))
+        mean, std = self.calibration.get("mean", 1.0), self.calibration.get("std", 0.0)
+        if not (_is_number(mean) and _is_number(std) and mean > 0.0 and std >= 0.0):
+            raise ValueError(
+                f"the card's calibration has mean {mean!r} and std {std!r}; expected a norm above 0, and its spread"
+            )
+
+    @property
+    def concept_prompt(self) -> str:
+        """The text to encode as the concept's own prompt; empty if the card knows no concept."""
+        return self.target or self.concept
+
+    def to_metadata(self) -> dict[str, str]:
+        """Return the card as safetensors metadata."""
+        metadata = {**self.extra, f"{_PREFIX}version": str(self.version)}
+        for name, default in _STORED_FIELDS.items():
+            value = getattr(self, name)
+            if value != default:
+                metadata[_PREFIX + name] = value if name in _TEXT_FIELDS else json.dumps(value, sort_keys=True)
+        return metadata
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> "Card":
+        """Return the card that safetensors metadata holds; everything else in it becomes `extra`.
+
+        Raises: ValueError if a value is not what its key promises.
+        """
+        values: dict[str, Any] = {}
+        extra: dict[str, str] = {}
+        for key, text in metadata.items():
+            name = key.removeprefix(_PREFIX)
+            if not key.startswith(_PREFIX) or name not in {"version", *_STORED_FIELDS}:
+                extra[key] = text
+            elif name in _TEXT_FIELDS:
+                values[name] = text
+            else:
+                try:
+                    values[name] = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"the card's key '{key}' is '{text[:100]}'; expected JSON") from error
+        if isinstance(values.get("synonyms"), list):
+            values["synonyms"] = tuple(values["synonyms"])
+        return cls(**values, extra=extra)
+
+
+_TEXT_FIELDS = tuple(f.name for f in fields(Card) if f.type is str)
+_STORED_FIELDS: dict[str, Any] = {
+    f.name: {} if f.name in ("settings", "calibration") else f.default
+    for f in fields(Card)
+    if f.name not in ("version", "extra")
+}
+
+
+def _is_number(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # a NaN is not, and a whole number may be larger than any float
+
+
+def _require_json_object(name: str, value: object) -> None:
+    try:
+        if not isinstance(value, Mapping):
+            raise TypeError("not a mapping")
+        json.dumps(dict(value), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"the card's {name} are {value!r}; expected a JSON object of finite numbers and text"
+        ) from error
+
+
+def read_card(path: str | os.PathLike[str]) -> Card:
+    """Return the card of a safetensors file; no tensor is read.
+
+    Raises: ValueError if the file is no safetensors file, or the card breaks its own rules; OSError if unreadable.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+        if len(start) < 9 or start[8:] != b"{":
+            raise ValueError(f"'{path.name}' is no safetensors file; expected one, where the card is in the metadata")
+        (length,) = struct.unpack("<Q", start[:8])
+        if length > HEADER_LIMIT:
+            raise ValueError(f"'{path.name}' has a header of {length} bytes; expected {HEADER_LIMIT} at most")
+        try:
+            header = json.loads(start[8:] + file.read(length - 1))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the header of '{path.name}' is damaged ({error}); download or save it again") from error
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"the metadata of '{path.name}' are no texts; the file is damaged, save it again")
+    return Card.from_metadata({key: value for key, value in metadata.items() if key != "format"})
