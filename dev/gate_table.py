@@ -29,7 +29,11 @@ SCENES_WITH_OBJECTS = ("forest", "snow")
 
 @dataclass(frozen=True)
 class Score:
-    """One statistic of one picture under one concept's gate; `PRODUCT` is what the gate decides."""
+    """One statistic of one picture under one concept's gate; `PRODUCT` is what the gate decides.
+
+    Args:
+        score, value: relative to what it is compared with, and before that.
+    """
 
     concept: str
     prompt: str
@@ -37,6 +41,21 @@ class Score:
     statistic: str
     score: float
     detected: bool
+    value: float = 0.0
+
+
+def with_the_papers_rule(scores: list[Score]) -> list[Score]:
+    """The paper's statistic beside the others: each influence against the empty prompt's, a mean over its pictures."""
+    influences = [score for score in scores if score.statistic == "influence"]
+    found = list(scores)
+    for concept in {score.concept for score in influences}:
+        own = [score for score in influences if score.concept == concept]
+        empty = [score.value for score in own if score.kind == "empty"]
+        neutral = sum(empty) / len(empty)
+        for score in own:
+            ratio = score.value / neutral
+            found.append(replace(score, statistic="paper", score=ratio, detected=ratio > 1.0))
+    return found
 
 
 class Demo:
@@ -98,11 +117,11 @@ def prompts() -> dict[str, dict[str, str]]:
     return {**found, "": seen("", "", "empty")}
 
 
-def decisions(demo: Demo, pictures: int, seed: int, look_at: int) -> Iterator[Score]:
-    """Every statistic of every picture under every concept's gate."""
+def decisions(demo: Demo, pictures: int, seed: int, look_at: int, statistic: str) -> Iterator[Score]:
+    """The statistics of every picture under every concept's gate: the deciding one, and those that cost no more."""
     asked = prompts()
-    settings = demo.deciding.ProbeSettings(probe_steps=look_at, schedule_steps=STEPS)
-    gate = demo.gating.Gate(settings=settings, everything=True)
+    settings = demo.deciding.ProbeSettings(statistic=statistic, probe_steps=look_at, schedule_steps=STEPS)
+    gate = demo.gating.Gate(settings=settings)
     reports: list[Any] = []
     model = demo.gating.guided(demo.model, list(demo.loras.values()), gate, observer=reports.append)
     started = time.perf_counter()
@@ -112,7 +131,7 @@ def decisions(demo: Demo, pictures: int, seed: int, look_at: int) -> Iterator[Sc
             for decision in outcome.decisions if concept in kinds else ():
                 yield Score(concept, prompt, kinds[concept], PRODUCT, decision.score, decision.detected)
                 for one in decision.statistics:
-                    yield Score(concept, prompt, kinds[concept], one.name, one.score, one.detected)
+                    yield Score(concept, prompt, kinds[concept], one.name, one.score, one.detected, one.prompt[0])
         left = (time.perf_counter() - started) * (len(asked) / number - 1)
         sys.stderr.write(f"\rprompt {number} of {len(asked)}, {left:.0f} s left ")
     sys.stderr.write("\n")
@@ -133,7 +152,7 @@ def table(scores: list[Score]) -> str:
         "| decided by | AUC | found by name or synonym | found in scenes | false alarms |",
         "|---|---|---|---|---|",
     ]
-    for statistic in (PRODUCT, *STATISTICS):
+    for statistic in _known(scores):
         rows = [score for score in scores if score.statistic == statistic]
         words = [score.detected for score in rows if score.kind in ("name", "synonym")]
         placed = [score.detected for score in rows if score.kind == "in a scene"]
@@ -147,12 +166,17 @@ def table(scores: list[Score]) -> str:
 
 def table_by_kind(scores: list[Score]) -> str:
     """How many pictures of each kind each statistic takes for the concept, in Markdown."""
-    names = (PRODUCT, *STATISTICS)
+    names = _known(scores)
     lines = ["| prompts | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for kind in KINDS:
         found = {n: [s.detected for s in scores if s.kind == kind and s.statistic == n] for n in names}
         lines.append(f"| {kind} | " + " | ".join(_share(found[name]) for name in names) + " |")
     return "\n".join(lines)
+
+
+def _known(scores: list[Score]) -> list[str]:
+    known = {score.statistic for score in scores}
+    return [name for name in (PRODUCT, *STATISTICS) if name in known]
 
 
 def _share(found: list[bool]) -> str:
@@ -213,6 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--set", default="selective", choices=("selective", "paper"))
     parser.add_argument("--part", nargs="+", default=["decisions"], choices=("decisions", "erasure"))
+    parser.add_argument("--statistic", default="auto", choices=("auto", *STATISTICS), help="what decides")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--pictures", type=int, default=20, help="noises for each prompt")
     parser.add_argument("--look-at", type=int, default=3, help=f"step of {STEPS}")
@@ -227,7 +252,7 @@ def main() -> None:
         chosen = (arguments.pictures, arguments.seed, arguments.look_at)
         sys.stdout.write(f"Erasure LoRAs: {arguments.set}\n\n")
         if "decisions" in arguments.part:
-            scores = list(decisions(demo, *chosen))
+            scores = with_the_papers_rule(list(decisions(demo, *chosen, arguments.statistic)))
             sys.stdout.write(f"{table(scores)}\n\n{table_by_kind(scores)}\n")
             if arguments.json:
                 arguments.json.write_text(json.dumps([vars(score) for score in scores], indent=1))

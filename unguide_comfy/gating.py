@@ -48,7 +48,6 @@ class Gate:
         look_again: of the mode "trajectory": steps after which to look again where nothing was found; 0 looks once.
         low_memory: never compute base and adapted rows in one forward.
         start: of the mode "official": what its probe otherwise draws at random.
-        everything: take all statistics that the inputs allow, also those that cost more.
     """
 
     mode: str = TRAJECTORY
@@ -58,7 +57,6 @@ class Gate:
     look_again: int = 0
     low_memory: bool = False
     start: Start | None = None
-    everything: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -137,7 +135,6 @@ def probe_prompt(
     guider: Any,
     latent: torch.Tensor,
     neutral: Conditioning | None = None,
-    everything: bool = True,
 ) -> tuple[list[Decision], RunReport]:
     """The stability probe as a run of its own: the decisions, and what they cost.
 
@@ -145,13 +142,12 @@ def probe_prompt(
         model: a `ModelPatcher`; gates that it carries do not take part.
         guider: makes the host's guider for a model: `guider(model)`, conditioning and cfg set.
         latent: whose shape the probe uses, [B, C, ...].
-        everything: take all statistics that the inputs allow, not the deciding ones alone.
     """
     started = time.perf_counter()
     base, _ = without_gates(model)
     run = Run(tuple(matched(lora, base) for lora in loras))
     base.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, blended_prediction)
-    sampler = ProbeSampler(run, model_key(base), loras, settings, neutral, everything)
+    sampler = ProbeSampler(run, model_key(base), loras, settings, neutral)
     one = latent[:1]
     guider(base).sample(torch.zeros_like(one), one, sampler, torch.ones(2), seed=settings.seed)
     outcomes = tuple(
@@ -259,7 +255,7 @@ class GatedRun:
         for indices in self._alike(self.undecided(PROBE)):
             gate = self.branches[indices[0]].gate
             with self._probing():
-                judge = Judge(self.context, gate.settings, gate.neutral, gate.everything)
+                judge = Judge(self.context, gate.settings, gate.neutral)
                 look = look_ahead(self.context, gate.settings, shape[1:])
                 self._take(indices, judge.decide(look, self._loras(indices)))
         for indices in self._alike(self.undecided(OFFICIAL)):
@@ -301,7 +297,7 @@ class GatedRun:
         for indices in self._alike(waiting):
             gate = self.branches[indices[0]].gate
             with self._probing():
-                judge = Judge(self.context, gate.settings, gate.neutral, gate.everything, by_sample=True)
+                judge = Judge(self.context, gate.settings, gate.neutral, by_sample=True)
                 self._take(indices, judge.decide(look, self._loras(indices)), step)
         show(self.outcomes())
         newly = [i for i in waiting if _detected(self.decisions[i]) > _detected(before[i])]

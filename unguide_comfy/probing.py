@@ -38,7 +38,7 @@ def look_ahead(context: Context, settings: ProbeSettings, shape: Sequence[int]) 
 class ProbeSampler(comfy.samplers.Sampler):
     """A probe run as if it were a sampler: `CFGGuider.sample` loads the model and processes the conditioning for it.
 
-    After sampling, `found` holds what was decided for each erasure LoRA.
+    After sampling, `found` holds what was decided for each erasure LoRA, with all statistics that the inputs allow.
     """
 
     def __init__(
@@ -48,10 +48,9 @@ class ProbeSampler(comfy.samplers.Sampler):
         loras: Sequence[ErasureLora],
         settings: ProbeSettings,
         neutral: Conditioning | None = None,
-        everything: bool = True,
     ):
         self.run, self.model_key, self.loras = run, model_key, loras
-        self.settings, self.neutral, self.everything = settings, neutral, everything
+        self.settings, self.neutral = settings, neutral
         self.found: list[Found] = []
 
     def sample(
@@ -68,7 +67,7 @@ class ProbeSampler(comfy.samplers.Sampler):
         """The latent that came in: the probe's result is `found`."""
         options = carrying(extra_args, self.run)["model_options"]
         context = Context(model_wrap, self.run, options, self.model_key, latent_image, denoise_mask)
-        judge = Judge(context, self.settings, self.neutral, self.everything)
+        judge = Judge(context, self.settings, self.neutral, everything=True)
         look = look_ahead(context, self.settings, noise.shape[1:])
         self.found = judge.decide(look, list(enumerate(self.loras)))
         return noise

@@ -279,17 +279,16 @@ def test_the_sampler_node_reports_its_run(demo, demo_lora):
     arguments = (
         demo.model,
         3,
-        STEPS,
+        10,
         4.0,
         "euler",
         "normal",
         demo.encode(UNRELATED[0]),
         demo.encode(""),
         latent(),
-        1.0,
     )
-    out, plot, report = execute(*arguments, (demo_lora,), "trajectory", -1.0, 1.0).args
-    assert torch.equal(out["samples"], ksampler(demo.model, demo.encode(UNRELATED[0]), demo.encode("")))
+    out, plot, report = execute(*arguments, 1.0, (demo_lora,), "trajectory", -1.0, 1.0).args
+    assert torch.equal(out["samples"], host.common_ksampler(*arguments)[0]["samples"])
     content = json.loads(report)
     (erasure,) = content["erasure"]
     assert erasure["weight"] == 1.0
@@ -445,7 +444,7 @@ def test_a_higher_false_alarm_rate_lowers_the_threshold(demo, demo_lora):
 
 def test_a_prediction_that_is_no_number_is_an_error_and_no_decision(demo, demo_lora):
     (name, layer), *_ = demo_lora.adapter.layers.items()
-    layers = {**demo_lora.adapter.layers, name: dataclasses.replace(layer, up=layer.up * float("nan"))}
+    layers = {**demo_lora.adapter.layers, name: dataclasses.replace(layer, up=layer.up.float() * 1e36)}
     broken = dataclasses.replace(demo_lora, adapter=dataclasses.replace(demo_lora.adapter, layers=layers))
     positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
     expected = ksampler(demo.model, positive, negative)
