@@ -175,12 +175,22 @@ def renamed(names: Iterable[str], to: str, layout: str | None = None) -> dict[st
         names: of one adapter's layers, all of them: they tell which UNet it is for.
         to: `HOST` (ComfyUI's), `UNET` (diffusers' own, of a UNet or a transformer) or `KOHYA`.
         layout: one of `LAYOUTS`; None takes the one that the names fit.
-    Raises: ValueError where a name has no counterpart, or where layouts that the names fit disagree.
+    Raises: ValueError where a name has no counterpart, where layouts that the names fit disagree, or where two names
+        are one in the other naming.
     """
     names = list(names)
+    found = _renamed(names, to, layout)
+    by_new: dict[str, str] = {}
+    for name, new in found.items():
+        if by_new.setdefault(new, name) != name:
+            raise ValueError(f"'{by_new[new]}' and '{name}' are one layer, '{new}'; keep one adapter in the file")
+    return found
+
+
+def _renamed(names: list[str], to: str, layout: str | None) -> dict[str, str]:
     if to == KOHYA:
         try:
-            return {n: n if n.startswith(STEMS) else underscored(m) for n, m in renamed(names, UNET, layout).items()}
+            return {n: n if n.startswith(STEMS) else underscored(m) for n, m in _renamed(names, UNET, layout).items()}
         except ValueError:
             return {name: underscored(name) for name in names}
     plain = {name: dotted(name) for name in names}

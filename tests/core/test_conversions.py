@@ -153,6 +153,20 @@ def test_names_of_a_whole_unet_find_their_layout_and_come_back(layout):
     assert names.renamed(stems.values(), names.UNET) == {stem: path for path, stem in stems.items()}
 
 
+def test_two_names_of_one_layer_are_refused_and_none_is_lost(tmp_path, randn):
+    layer = LowRank(randn(2, 7), randn(5, 2), 1.0)
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    twice = Adapter({f"unet.{path}": layer, f"lora_unet_{path.replace('.', '_')}": layer})
+    for format in ("kohya", "diffusers", "generic"):
+        with pytest.raises(AdapterError, match="are one layer"):
+            saved(twice, tmp_path, format)
+    with pytest.raises(AdapterError, match="two of its layers are one"):
+        save_adapter(twice, tmp_path / "cat.safetensors")
+    mixed = Adapter({f"unet.{path}": layer, "transformer.transformer_blocks.0.attn.to_q": layer})
+    with pytest.raises(AdapterError, match="diffusers has no name for the layer"):
+        saved(mixed, tmp_path, "diffusers")
+
+
 def test_names_that_fit_several_layouts_are_refused_unless_the_layout_is_named():
     path = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     with pytest.raises(ValueError, match="name the layout"):

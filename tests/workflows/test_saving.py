@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
 from dev.api import Graph
-from dev.host import Host
 from dev.server import Server
 
 LORA = "unguide-demo/selective/cat.safetensors"
 FOLDER = "unguide-tests"
-
-
-@pytest.fixture
-def saved_here() -> Iterator[Path]:
-    folder = Host.from_environment().base_directory / "output" / "loras" / FOLDER
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def graph(lora_name: str, format: str) -> Graph:
@@ -33,11 +19,11 @@ def graph(lora_name: str, format: str) -> Graph:
     return {"1": load, "2": save}
 
 
-def test_a_saved_lora_is_offered_by_the_loaders_and_converts_again(server: Server, saved_here: Path) -> None:
+def test_a_saved_lora_is_offered_by_the_loaders_and_converts_again(server: Server) -> None:
     entry = server.api.run(graph(LORA, "kohya"))
     (name,) = entry["outputs"]["2"]["text"]
     assert name == f"loras/{FOLDER}/cat_00001_.safetensors"
-    assert (saved_here / "cat_00001_.safetensors").is_file()
+    assert (server.output_directory / name).is_file()
     listed = name.removeprefix("loras/")
     for node in ("UnGuideLoadErasureLora", "LoraLoader"):
         kind, *options = server.api.get(f"/object_info/{node}")[node]["input"]["required"]["lora_name"]

@@ -69,6 +69,8 @@ def _peft_factors(layers: Mapping[str, LowRank], prefix: str) -> dict[str, Tenso
 def _as_they_are(adapter: Adapter, layout: str | None) -> Files:
     """ComfyUI's names and stems stay; what only diffusers knows of a UNet becomes a stem."""
     layers = {underscored(name) if name.startswith(UNET) else name: layer for name, layer in adapter.layers.items()}
+    if len(layers) < len(adapter.layers):
+        raise ValueError("two of its layers are one under different names; keep one adapter in the file")
     return {"": safetensors_bytes(_kohya_factors(layers), metadata_of(adapter))}
 
 
@@ -108,8 +110,11 @@ def _bare(layers: Mapping[str, LowRank]) -> tuple[str, dict[str, LowRank]]:
     for prefix in (UNET, TRANSFORMER):
         if all(name.startswith(prefix) for name in layers):
             return prefix, {name.removeprefix(prefix): layer for name, layer in layers.items()}
-    strange = next(name for name in layers if not name.startswith((UNET, TRANSFORMER)))
-    raise ValueError(f"diffusers has no name for the layer '{strange}'; choose the format generic, which keeps names")
+    strange = [name for name in layers if not name.startswith((UNET, TRANSFORMER))] or list(layers)
+    raise ValueError(
+        f"diffusers has no name for the layer '{strange[0]}' beside the others; choose the format generic, which keeps "
+        "names"
+    )
 
 
 FORMATS: Mapping[str, Format] = {
