@@ -443,8 +443,10 @@ def test_a_higher_false_alarm_rate_lowers_the_threshold(demo, demo_lora):
 
 
 def test_a_prediction_that_is_no_number_is_an_error_and_no_decision(demo, demo_lora):
-    (name, layer), *_ = demo_lora.adapter.layers.items()
-    layers = {**demo_lora.adapter.layers, name: dataclasses.replace(layer, up=layer.up.float() * 1e36)}
+    """The adapter's own numbers are finite; what the network makes of them is not."""
+    layers = {
+        name: dataclasses.replace(layer, up=layer.up.float() * 1e36) for name, layer in demo_lora.adapter.layers.items()
+    }
     broken = dataclasses.replace(demo_lora, adapter=dataclasses.replace(demo_lora.adapter, layers=layers))
     positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
     expected = ksampler(demo.model, positive, negative)
