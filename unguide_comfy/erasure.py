@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,14 @@ def load_erasure_lora(
         concept=encode(prompt) if prompt else None,
         neutral=encode(adapter.card.neutral),
     )
+
+
+def encode_prompts(clip: Any, prompts: Iterable[str]) -> dict[str, Conditioning]:
+    """Every prompt's CONDITIONING. Raises: ValueError without a text encoder."""
+    if clip is None:
+        raise ValueError("no CLIP is connected, and no prompts; connect the checkpoint's CLIP, or encoded prompts")
+    encode = _encoder(clip)
+    return {prompt: encode(prompt) for prompt in prompts}
 
 
 def _encoder(clip: Any) -> Any:

@@ -87,7 +87,7 @@ class Recipe:
     """
 
     loop: str = SELECTIVE
-    iterations: int = 200
+    iterations: int = 100
     rate_down: float = 5e-3
     rate_up: float = 5e-4
     rank: int = 1
@@ -100,7 +100,7 @@ class Recipe:
     preservation_weight: float = 10.0
     trajectories: int = 8
     refresh: int = 50
-    kept_trajectories: int = 48
+    kept_trajectories: int = 24
     check: int = 20
     patience: int = 3
     seed: int = 0
@@ -131,6 +131,7 @@ class Recipe:
 PRESETS: dict[str, Recipe] = {
     "paper": Recipe(
         OFFICIAL,
+        iterations=200,
         rate_down=3e-5,
         rate_up=3e-5,
         guidance_scale=9.0,
@@ -180,6 +181,12 @@ class Prompts:
         both = sorted({pair.target for pair in self.erased} & set(self.kept))
         if both:
             raise ValueError(f"{both[0]!r} shall be erased and kept; remove it from one of the two lists")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All prompts, each once."""
+        pairs = (name for pair in self.erased for name in (pair.target, pair.reference))
+        return tuple(dict.fromkeys((*pairs, *self.kept, self.neutral)))
 
 
 def fresh_layers(features: Mapping[str, tuple[int, int]], recipe: Recipe) -> dict[str, LowRank]:
@@ -259,12 +266,13 @@ class Sampler:
         predict: the predictor.
         neutral: the empty prompt.
         rows: of a forward, at most.
+        sigmas: the noise level of each timestep, rising, [1000]; None takes Stable Diffusion's.
     """
 
-    def __init__(self, predict: Predictor, neutral: str, rows: int = 32):
+    def __init__(self, predict: Predictor, neutral: str, rows: int = 32, sigmas: Tensor | None = None):
         self.predict, self.neutral, self.rows = predict, neutral, rows
         self.evaluations = 0
-        self.sigmas = sigma_from_alpha_cumprod(sd_alphas_cumprod())
+        self.sigmas = sigma_from_alpha_cumprod(sd_alphas_cumprod()) if sigmas is None else sigmas.double()
 
     def eps(self, z: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the predicted noise of any number of rows."""
@@ -398,6 +406,7 @@ class Training:
         relieve: called when a step ran out of memory; true if it has made room and the step shall be tried again.
             Without it, or where it cannot, portions are halved.
         loss_scale: factor on the loss while gradients are computed, for models that compute in half precision.
+        sigmas: as for `Sampler`.
         draws: the official iterations' random numbers, in place of those of the recipe's seed.
     """
 
@@ -413,11 +422,12 @@ class Training:
         rows: int = 32,
         relieve: Callable[[], bool] | None = None,
         loss_scale: float = 1.0,
+        sigmas: Tensor | None = None,
         draws: Iterator[Draw] | None = None,
     ):
         self.predict, self.layers, self.prompts, self.recipe = predict, dict(layers), prompts, recipe
         self.shape, self.device, self.relieve, self.loss_scale = tuple(shape), device, relieve, loss_scale
-        self.sampler = Sampler(predict, prompts.neutral, rows)
+        self.sampler = Sampler(predict, prompts.neutral, rows, sigmas)
         self.optimizer = optimizer_of(layers, recipe)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.draws = draws

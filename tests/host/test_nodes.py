@@ -9,7 +9,13 @@ import pytest
 
 from tests.conftest import load_pack, pack_module
 
-IDS = {"UnGuideLoadErasureLora", "UnGuideProbe", "UnGuideModel", "UnGuideSampler"}
+IDS = {
+    "UnGuideLoadErasureLora",
+    "UnGuideProbe",
+    "UnGuideModel",
+    "UnGuideSampler",
+    "UnGuideTrainErasureLora",
+}
 
 
 @pytest.fixture(scope="module")
