@@ -152,7 +152,7 @@ class TrainErasureLora(io.ComfyNode):
                 ),
                 advanced(
                     io.Int,
-                    "schedule_steps",
+                    "sampling_steps",
                     default=0,
                     min=0,
                     max=500,
@@ -258,7 +258,7 @@ class TrainErasureLora(io.ComfyNode):
         alpha: float = 8.0,
         erasure_strength: float = 2.0,
         cfg: float = 0.0,
-        schedule_steps: int = 0,
+        sampling_steps: int = 0,
         layer_pattern: str = "",
         prefix: str = PREFIX,
         scenes: str = ", ".join(SCENES),
@@ -281,7 +281,7 @@ class TrainErasureLora(io.ComfyNode):
             alpha=alpha,
             negative_guidance=erasure_strength,
             guidance_scale=cfg or recipe.guidance_scale,
-            schedule_steps=schedule_steps or recipe.schedule_steps,
+            schedule_steps=sampling_steps or recipe.schedule_steps,
             seed=seed,
         )
         given = (target, reference_prompt, neutral)

@@ -492,7 +492,7 @@ class Training:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`. Raises: ValueError if it is of another recipe or other layers."""
-        if saved["recipe"] != asdict(self.recipe) or list(saved["layers"]) != list(self.layers):
+        if saved["recipe"] != asdict(self.recipe) or set(saved["layers"]) != set(self.layers):
             raise ValueError(
                 "the checkpoint is of another recipe or another model's layers; remove it, or train with its settings"
             )

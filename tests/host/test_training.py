@@ -268,6 +268,7 @@ def test_the_official_loop_in_the_host_is_the_official_trainer(golden_model, gol
 
 
 WORDS = {"concept": "cat", "reference": "forest", "synonyms": "kitty"}
+FEW = {"sampling_steps": 2, "scenes": "", "keep_prompts": "\na photo of the dog"}
 WIDGETS = {"preset": "selective", "layers": "object", "iterations": 2, "learning_rate": 0.0, "seed": 0}
 
 
@@ -275,7 +276,7 @@ def test_the_node_gives_an_erasure_lora_that_the_sampler_takes_and_the_hosts_los
     import comfy.samplers
     from comfy_extras.nodes_train import LossGraphNode
 
-    out = node.execute(demo.model, {"samples": latent}, **WORDS, **WIDGETS, clip=demo.clip, schedule_steps=3)
+    out = node.execute(demo.model, {"samples": latent}, **WORDS, **WIDGETS, **FEW, clip=demo.clip)
     (lora,), losses = out.args
     assert len(losses["loss"]) == 2
     assert lora.concept_prompt == "a photo of the cat"
@@ -300,7 +301,7 @@ def test_the_node_trains_on_connected_prompts_without_a_clip(demo, latent):
         {"samples": latent},
         **{**WORDS, "concept": "", "reference": "", "synonyms": ""},
         **WIDGETS,
-        schedule_steps=3,
+        sampling_steps=2,
         **{name: demo.encode(prompt) for name, prompt in given.items()},
     )
     (lora,), _ = out.args
@@ -321,7 +322,7 @@ def test_the_node_trains_on_connected_prompts_without_a_clip(demo, latent):
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(demo, latent, changes, words):
-    inputs = {**WORDS, **WIDGETS, "clip": demo.clip, **changes}
+    inputs = {**WORDS, **WIDGETS, **FEW, "clip": demo.clip, **changes}
     with pytest.raises(ValueError, match=words):
         node.execute(demo.model, {"samples": latent}, **inputs)
 
