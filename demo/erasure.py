@@ -155,10 +155,14 @@ def prompts_of(concept: str) -> Prompts:
     return Prompts((*alone, *inside), tuple(mixed))
 
 
-def train_one(narrow: Narrow, concept: str, recipe: Recipe) -> Training:
-    """Returns the finished training of a concept's adapter; `layers` holds it."""
+def train_one(narrow: Narrow, concept: str, recipe: Recipe, prompts: Prompts | None = None) -> Training:
+    """Returns the finished training of a concept's adapter; `layers` holds it.
+
+    Args:
+        prompts: what is erased and kept; None takes `prompts_of` the concept.
+    """
     recipe = replace(recipe, seed=1000 * recipe.seed + CLASSES.index(concept))
-    prompts = prompts_of(concept)
+    prompts = prompts or prompts_of(concept)
     layers = fresh_layers({name: (CONTEXT_DIM, layer.out_features) for name, layer in narrow.layers.items()}, recipe)
     training = Training(Learner(narrow, layers, prompts), layers, prompts, recipe, LATENT)
     began = time.monotonic()
