@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.utils
@@ -11,6 +12,8 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from .training import Report
+
+log = logging.getLogger(__name__)
 
 
 class Announcer:
@@ -33,6 +36,9 @@ class Announcer:
                 picture = self.previewer.decode_latent_to_preview_image("JPEG", report.preview)
         self.bar.update_absolute(report.progress.iteration, report.progress.iterations, picture)
         say(report.text)
+        tenth = max(1, report.progress.iterations // 10)
+        if report.progress.iteration % tenth == 0:
+            log.info("UnGuide: training, %s", report.text)
 
 
 def say(text: str) -> None:

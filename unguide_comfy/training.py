@@ -175,7 +175,7 @@ class TrainingRun(comfy.samplers.Sampler):
     ) -> torch.Tensor:
         """The latent that came in: the result is `trained`."""
         model, device = model_wrap.inner_model, self.patcher.load_device
-        levels = _discrete_sigmas(model)
+        levels = _discrete_sigmas(model).to(device)
         layers = _fresh(model, self.job, device)
         conds = {name: _one_row(model_wrap.conds[key][0]["model_conds"]) for name, key in self.keys.items()}
         options = extra_args["model_options"].get("transformer_options", {})
@@ -386,7 +386,7 @@ def _in_training() -> Iterator[None]:
 
 
 def _discrete_sigmas(model: Any) -> torch.Tensor:
-    """The noise levels of the model's 1000 timesteps, on its device."""
+    """The noise levels of the model's 1000 timesteps."""
     sigmas = getattr(model.model_sampling, "sigmas", None)
     if sigmas is None or len(sigmas) != 1000 or not hasattr(model.model_sampling, "log_sigmas"):
         raise ValueError(

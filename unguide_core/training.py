@@ -275,10 +275,21 @@ class Sampler:
         self.sigmas = sigma_from_alpha_cumprod(sd_alphas_cumprod()) if sigmas is None else sigmas.double()
 
     def eps(self, z: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the predicted noise of any number of rows."""
-        self.evaluations += len(prompts)
-        parts = [slice(i, i + self.rows) for i in range(0, len(prompts), self.rows)]
-        return torch.cat([self.predict(z[p], timesteps[p], prompts[p]) for p in parts])
+        """Return the predicted noise of any number of rows.
+
+        Where memory runs out while no gradients are computed, portions are halved and it is tried again.
+        """
+        while True:
+            parts = [slice(i, i + self.rows) for i in range(0, len(prompts), self.rows)]
+            try:
+                predicted = torch.cat([self.predict(z[p], timesteps[p], prompts[p]) for p in parts])
+            except _OutOfMemory:
+                if torch.is_grad_enabled() or self.rows == 1:
+                    raise
+                self.rows = max(1, min(self.rows, len(prompts)) // 2)
+            else:
+                self.evaluations += len(prompts)
+                return predicted
 
     def trajectory(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,14 @@ def save(state: dict[str, Any], path: Path) -> None:
         "state": state["state"],
         "layers": list(state["layers"]),
         "groups": state["optimizer"]["param_groups"],
+        "process": os.getpid(),
     }
     write_safetensors(path, tensors, {KEY: json.dumps(plain)})
 
 
 def load(path: Path) -> dict[str, Any]:
     """What `Training.load_state_dict` takes. Raises: ValueError if the file is damaged or none of ours."""
-    tensors, metadata = read_tensors(path)
-    if KEY not in metadata:
-        raise ValueError(f"{path.name!r} is no checkpoint of unguide_train; remove it to begin anew")
-    plain = json.loads(metadata[KEY])
+    tensors, plain = _read(path)
     optimizer: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
@@ -54,3 +53,15 @@ def load(path: Path) -> dict[str, Any]:
         "optimizer": {"state": optimizer, "param_groups": plain["groups"]},
         "generator": tensors["generator"].clone(),
     }
+
+
+def writer(path: Path) -> int:
+    """The id of the process that wrote a checkpoint."""
+    return int(_read(path)[1]["process"])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, metadata = read_tensors(path)
+    if KEY not in metadata:
+        raise ValueError(f"{path.name!r} is no checkpoint of unguide_train; remove it to begin anew")
+    return tensors, json.loads(metadata[KEY])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def train_on_ray(
         import ray
     except ImportError as error:
         raise ClusterError("Ray is not installed; install it: pip install 'comfyui-unguide[ray]'") from error
+    _require_reachable(address)
     root = str(Path(__file__).resolve().parent.parent)
     try:
         ray.init(
@@ -42,9 +44,7 @@ def train_on_ray(
             log_to_driver=False,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(
-            f"there is no Ray cluster at {address!r} ({error}); start one with 'ray start --head', or use --ray local"
-        ) from error
+        raise ClusterError(_absent(address, error)) from error
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_task)
@@ -61,6 +61,20 @@ def train_on_ray(
                 yield concept, error
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Raises ClusterError where nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ClusterError(_absent(address, error)) from error
+
+
+def _absent(address: str, error: Exception) -> str:
+    return f"there is no Ray cluster at {address!r} ({error}); start one with 'ray start --head', or use --ray local"
 
 
 def _task(values: dict, concept: dict) -> Summary:

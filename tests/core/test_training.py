@@ -251,6 +251,25 @@ def test_out_of_memory_halves_the_portions_and_changes_nothing_else():
     assert losses == pytest.approx([p.loss for p in finished(recipe)[1]], rel=1e-3)
 
 
+class SmallToy(Toy):
+    """Raises torch's out-of-memory error for forwards without gradients of more than 3 rows."""
+
+    def __call__(self, z: Tensor, timesteps: Tensor, prompts: list[str]) -> Tensor:
+        if not torch.is_grad_enabled() and len(prompts) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return super().__call__(z, timesteps, prompts)
+
+
+def test_out_of_memory_while_latents_are_sampled_halves_the_portions_too():
+    recipe = replace(SMALL, iterations=5)
+    layers = fresh_layers(FEATURES, recipe)
+    made = Training(SmallToy(layers), layers, PROMPTS, recipe, SHAPE)
+    seen = list(made.run())
+    assert made.sampler.rows <= 3
+    assert [p.loss for p in seen] == pytest.approx([p.loss for p in finished(recipe)[1]], rel=1e-3)
+    assert seen[-1].evaluations == finished(recipe)[1][-1].evaluations
+
+
 def test_out_of_memory_asks_for_room_first_and_tries_again():
     recipe = replace(SMALL, iterations=2)
     layers = fresh_layers(FEATURES, recipe)
