@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,14 @@ def loading_report(lora: ErasureLora, model: Any = None) -> str:
     for note in adapter.notes:
         log.info("UnGuide: %s: %s", lora.name, note)
     return json.dumps(report, indent=2)
+
+
+def encode_prompts(clip: Any, prompts: Iterable[str]) -> dict[str, Conditioning]:
+    """Every prompt's CONDITIONING. Raises: ValueError without a text encoder."""
+    if clip is None:
+        raise ValueError("no CLIP is connected, and no prompts; connect the checkpoint's CLIP, or encoded prompts")
+    encode = _encoder(clip)
+    return {prompt: encode(prompt) for prompt in prompts}
 
 
 def _encoder(clip: Any) -> Any:

@@ -11,5 +11,8 @@ Knows no host program: nothing in here imports ComfyUI, diffusers or peft. Impor
     formats/        the formats that adapters come in
     containers.py   the files that hold them, opened without running anything in them
     objective.py    what an erasure adapter is trained towards
+    layers.py       which layers of a model are trained
+    prompts.py      which prompts: erased, in their place, kept
+    training.py     the recipes, the latents they train at, the training loop
     trajectory.py   noise schedules and the partial denoising loop
 """

@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "node_helpers", "server"}
 OURS = {"unguide_core", "unguide_comfy", "unguide_train", "nodes", "demo", "dev", "tests"}
-EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "ray", "transformers"}
+EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "pydantic", "ray", "transformers", "yaml"}
 
 # what each package may not import, neither at import time nor inside a function
 FORBIDDEN = {

@@ -9,7 +9,18 @@ import pytest
 
 from tests.conftest import load_pack, pack_module
 
-IDS = {f"UnGuide{name}" for name in ("LoadErasureLora", "Calibrate", "Probe", "Model", "Sampler", "SaveErasureLora")}
+IDS = {
+    f"UnGuide{name}"
+    for name in (
+        "LoadErasureLora",
+        "Calibrate",
+        "Probe",
+        "Model",
+        "Sampler",
+        "TrainErasureLora",
+        "SaveErasureLora",
+    )
+}
 
 
 @pytest.fixture(scope="module")

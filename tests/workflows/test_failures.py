@@ -83,5 +83,25 @@ def test_a_probe_longer_than_its_schedule_is_the_nodes_error(server: Server) -> 
         server.api.run(twin("1_quick_start", probe_steps=20, steps=1))
 
 
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"reference": "cat"}, "nothing to learn"),
+        ({"reference": ""}, "there is no reference for 'cat'"),
+        ({"concept": ""}, "no concept is named"),
+        ({"layers": "custom"}, "the pattern is empty"),
+        (
+            {"preset": "paper", "learning_rate": 1.0, "alpha": 1024.0, "iterations": 20, "sampling_steps": 10},
+            "training diverged at iteration",
+        ),
+    ],
+)
+def test_a_training_that_cannot_be_is_the_nodes_error_in_one_sentence(server: Server, inputs: dict, words: str) -> None:
+    with pytest.raises(ExecutionFailedError, match=words) as caught:
+        server.api.run(twin("5_train_erasure_lora", steps=1, **inputs))
+    assert caught.value.details["node_type"] == "UnGuideTrainErasureLora"
+    assert len(caught.value.details["exception_message"].strip().splitlines()) == 1
+
+
 def test_the_server_goes_on_after_every_failure(server: Server) -> None:
     assert server.api.run(twin("1_quick_start", prompt=DOG, steps=1))["status"]["status_str"] == "success"

@@ -12,7 +12,13 @@ from dev.workflow import NOTES, to_api
 from tests.conftest import ROOT
 from tests.workflows.conftest import STEMS, TWINS, WORKFLOWS
 
-EXPECTED = ["1_quick_start", "2_probe_then_sample", "3_compare_base_lora_unguide", "4_custom_sampling"]
+EXPECTED = [
+    "1_quick_start",
+    "2_probe_then_sample",
+    "3_compare_base_lora_unguide",
+    "4_custom_sampling",
+    "5_train_erasure_lora",
+]
 
 
 @pytest.fixture(params=STEMS)

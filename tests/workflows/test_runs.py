@@ -12,9 +12,12 @@ from dev.server import Server
 from tests.workflows.conftest import CAT, DOG, STEMS, picture, report, twin
 
 COMPARISON = "3_compare_base_lora_unguide"
+TRAINING = "5_train_erasure_lora"
 COLUMNS = ("1: base", "2: LoRA only", "3: UnGuide")
 # fewer than the files have, to save time: nothing below depends on it
 STEPS = 10
+FEW = {"iterations": 3, "sampling_steps": 2, "scenes": ""}
+PICTURES = ("SaveImage", "PreviewImage", "LossGraphNode")
 # these workflows show a report
 REPORTING = ("1_quick_start", "2_probe_then_sample", COMPARISON)
 
@@ -33,7 +36,7 @@ def finished(server: Server) -> dict[tuple[str, str], Run]:
     runs = {}
     for stem in STEMS:
         for prompt in (CAT, DOG):
-            graph = twin(stem, prompt=prompt, steps=STEPS)
+            graph = twin(stem, prompt=prompt, steps=STEPS, **FEW)
             runs[stem, prompt] = (server.api.run(graph), graph)
     return runs
 
@@ -48,7 +51,7 @@ def test_every_picture_node_gives_a_picture(server: Server, finished: dict[tuple
     entry, graph = finished[stem, CAT]
     assert entry["status"]["status_str"] == "success"
     images = server.api.images(entry)
-    assert set(images) == {key for key, node in graph.items() if node["class_type"] in ("SaveImage", "PreviewImage")}
+    assert set(images) == {key for key, node in graph.items() if node["class_type"] in PICTURES}
     assert all(len(pngs) == 1 for pngs in images.values())
 
 
@@ -76,14 +79,37 @@ def test_the_concepts_picture_is_not_the_base_models(server: Server, finished: d
 
 
 @pytest.mark.parametrize("prompt", [CAT, DOG])
-def test_all_four_workflows_draw_the_same_picture(
+def test_all_workflows_with_the_shipped_lora_draw_the_same_picture(
     server: Server, finished: dict[tuple[str, str], Run], prompt: str
 ) -> None:
     wanted = comparison(server, finished, prompt)[2]
     for stem in STEMS:
-        if stem != COMPARISON:
+        if stem not in (COMPARISON, TRAINING):
             entry, graph = finished[stem, prompt]
             assert picture(server, entry, graph, "Picture") == wanted, stem
+
+
+def test_a_lora_trained_in_the_graph_is_used_in_it_and_spares_an_unrelated_picture(
+    server: Server, finished: dict[tuple[str, str], Run]
+) -> None:
+    """After three iterations it erases little; that the gate knows its concept and leaves the rest alone holds."""
+    titles = ("Picture", "Without UnGuide")
+    (cat, cat_base), (dog, dog_base) = (
+        [picture(server, *finished[TRAINING, prompt], title) for title in titles] for prompt in (CAT, DOG)
+    )
+    assert cat != cat_base
+    assert dog == dog_base
+    assert decided(finished[TRAINING, CAT][0])["detected"] is True
+    assert decided(finished[TRAINING, DOG][0])["detected"] is False
+
+
+def test_the_trained_lora_is_kept_for_the_next_prompt(finished: dict[tuple[str, str], Run]) -> None:
+    entry, graph = finished[TRAINING, DOG]
+    (node,) = [key for key, value in graph.items() if value["class_type"] == "UnGuideTrainErasureLora"]
+    cached = [
+        nodes for kind, data in entry["status"]["messages"] if kind == "execution_cached" for nodes in data["nodes"]
+    ]
+    assert node in cached
 
 
 def test_only_the_model_that_draws_the_picture_is_evaluated(finished: dict[tuple[str, str], Run]) -> None:

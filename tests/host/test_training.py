@@ -1,0 +1,347 @@
+"""Training an erasure LoRA on a loaded model: what it gives, what it leaves alone, how it stops."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.conftest import pack_module
+from tests.host.conftest import GOLDEN, conditioning, fixed
+
+core = pack_module("unguide_core.training")
+training = pack_module("unguide_comfy.training")
+node = pack_module("nodes.train").TrainErasureLora
+
+TARGET, REFERENCE, EMPTY = "a photo of the cat", "a photo of the forest", ""
+PROMPTS = core.Prompts((core.Pair(TARGET, REFERENCE),), ("", "a photo of the dog"), EMPTY)
+QUICK = replace(
+    core.PRESETS["selective"],
+    iterations=4,
+    schedule_steps=2,
+    trajectories=2,
+    kept_trajectories=2,
+    batch=1,
+    preserved=1,
+    refresh=4,
+    check=2,
+)
+LIMITS = {"loss": 1e-5, "weights": 1e-6}
+
+
+def sums(module: torch.nn.Module) -> dict[str, str]:
+    """A digest of every weight's and buffer's bytes."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {
+        name: hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+        if tensor.numel()
+    }
+
+
+@pytest.fixture(scope="module")
+def job(demo):
+    conditionings = {name: demo.encode(name) for name in PROMPTS.names}
+    return training.Job(QUICK, PROMPTS, conditionings)
+
+
+@pytest.fixture
+def latent() -> Tensor:
+    return torch.zeros(1, 4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def trained(demo, job):
+    with torch.inference_mode():
+        return training.train_erasure_lora(demo.model, job, torch.zeros(1, 4, 8, 8))
+
+
+def test_the_base_is_bit_identical_afterwards_and_its_weights_are_the_same_objects(demo, job, latent):
+    before, objects = sums(demo.model.model), {n: id(p) for n, p in demo.model.model.named_parameters()}
+    forwards = [name for name, m in demo.model.model.named_modules() if "forward" in m.__dict__]
+    training.train_erasure_lora(demo.model, job, latent)
+    assert sums(demo.model.model) == before
+    assert {n: id(p) for n, p in demo.model.model.named_parameters()} == objects
+    assert [name for name, m in demo.model.model.named_modules() if "forward" in m.__dict__] == forwards
+    assert not any(parameter.requires_grad for parameter in demo.model.model.diffusion_model.parameters())
+
+
+def test_the_adapter_is_float32_has_learnt_and_names_the_models_own_layers(demo, trained):
+    layers = trained.adapter.layers
+    assert set(layers) == {
+        name.removesuffix(".weight")
+        for name in demo.model.model.state_dict()
+        if name.endswith(("2.to_k.weight", "2.to_v.weight"))
+    }
+    for layer in layers.values():
+        assert layer.down.dtype == layer.up.dtype == torch.float32
+        assert torch.count_nonzero(layer.up) > 0
+        assert not layer.up.requires_grad
+    assert len(trained.losses) == QUICK.iterations
+    assert len(trained.held_out) == 2
+
+
+def test_the_card_says_what_was_trained_and_how(demo, trained):
+    card = trained.adapter.card
+    assert (card.target, card.reference, card.neutral) == (TARGET, REFERENCE, EMPTY)
+    assert (card.rank, card.alpha, card.base_model) == (1, 8.0, "SD15")
+    assert card.settings["iterations"] == 4
+    assert card.settings["loop"] == "selective"
+    weights = [w for n, w in demo.model.model.state_dict().items() if n.startswith("diffusion_model.")]
+    assert card.base_hash == pack_module("unguide_core.layers").weights_hash(weights)
+
+
+def test_the_same_seed_trains_the_same_adapter_and_another_seed_another(demo, job, trained, latent):
+    again = training.train_erasure_lora(demo.model, job, latent)
+    other = training.train_erasure_lora(demo.model, replace(job, recipe=replace(QUICK, seed=1)), latent)
+    assert again.adapter.fingerprint == trained.adapter.fingerprint
+    assert other.adapter.fingerprint != trained.adapter.fingerprint
+
+
+def test_a_model_with_a_gate_is_trained_as_its_base(demo, demo_lora, job, trained, latent):
+    gated = fixed(demo.model, demo_lora, 0.0)
+    assert training.train_erasure_lora(gated, job, latent).adapter.fingerprint == trained.adapter.fingerprint
+
+
+def test_checkpointing_computes_the_same_adapter(demo, job, trained, latent, monkeypatch):
+    plain = training.HostPredictor.__init__
+
+    def checkpointing(self, *args: Any) -> None:
+        plain(self, *args)
+        self.checkpointing = True
+
+    monkeypatch.setattr(training.HostPredictor, "__init__", checkpointing)
+    again = training.train_erasure_lora(demo.model, job, latent)
+    for name, layer in trained.adapter.layers.items():
+        torch.testing.assert_close(again.adapter.layers[name].up, layer.up, rtol=1e-3, atol=1e-6)
+    assert [n for n, m in demo.model.model.named_modules() if "forward" in m.__dict__] == []
+
+
+def test_out_of_memory_turns_checkpointing_on_and_says_so(demo, job, trained, latent, monkeypatch):
+    whole, raised = training.HostPredictor.__call__, []
+
+    def scarce(self, z: Tensor, timesteps: Tensor, prompts: tuple[str, ...]) -> Tensor:
+        if torch.is_grad_enabled() and self.adapting and not self.checkpointing:
+            raised.append(len(prompts))
+            raise torch.OutOfMemoryError("no room")
+        return whole(self, z, timesteps, prompts)
+
+    monkeypatch.setattr(training.HostPredictor, "__call__", scarce)
+    reports: list[Any] = []
+    again = training.train_erasure_lora(demo.model, job, latent, reports.append)
+    assert len(raised) == 1
+    assert "gradient checkpointing" in reports[0].text
+    assert list(again.losses) == pytest.approx(list(trained.losses), rel=1e-3)
+
+
+def interrupting(at: int) -> Any:
+    """An observer that presses Cancel after an iteration."""
+
+    def observe(report: Any) -> None:
+        if report.progress.iteration == at:
+            comfy.model_management.interrupt_current_processing()
+
+    return observe
+
+
+def test_cancelling_ends_the_run_and_leaves_the_model_clean(demo, job, latent):
+    before = sums(demo.model.model)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        training.train_erasure_lora(demo.model, job, latent, interrupting(2))
+    assert not comfy.model_management.processing_interrupted()
+    assert sums(demo.model.model) == before
+    assert [n for n, m in demo.model.model.named_modules() if "forward" in m.__dict__] == []
+
+
+def test_cancelling_keeps_the_adapter_so_far_where_that_was_asked_for(demo, job, latent):
+    kept = training.train_erasure_lora(demo.model, replace(job, on_cancel="keep"), latent, interrupting(2))
+    assert len(kept.losses) == 2
+    assert kept.adapter.card.settings["iterations"] == 2
+    assert kept.adapter.card.settings["asked_iterations"] == 4
+    assert not comfy.model_management.processing_interrupted()
+
+
+def test_a_learning_rate_that_diverges_stops_with_a_sentence_and_a_clean_model(demo, job, latent):
+    wild = replace(job, recipe=replace(QUICK, iterations=40, rate_down=1e8, rate_up=1e8))
+    with pytest.raises(core.TrainingError, match=r"training diverged at iteration \d+.*lower them"):
+        training.train_erasure_lora(demo.model, wild, latent)
+    assert [n for n, m in demo.model.model.named_modules() if "forward" in m.__dict__] == []
+
+
+@pytest.fixture(scope="module")
+def half_model():
+    """The demo's model in another precision, loaded by the host's own code."""
+    import folder_paths
+
+    path = folder_paths.get_full_path_or_raise("checkpoints", "unguide-demo.safetensors")
+
+    def load(dtype: torch.dtype) -> Any:
+        weights = {k: v for k, v in load_file(path).items() if k.startswith("model.diffusion_model.")}
+        return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
+
+    return load
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_model_in_low_precision_trains_a_float32_adapter_and_stays_as_it_is(half_model, job, trained, latent, dtype):
+    model = half_model(dtype)
+    before = sums(model.model)
+    low = training.train_erasure_lora(model, job, latent)
+    assert sums(model.model) == before
+    assert {layer.up.dtype for layer in low.adapter.layers.values()} == {torch.float32}
+    assert list(low.losses) == pytest.approx(list(trained.losses), rel=0.25)
+
+
+# ---------------------------------------------------------------- the official loop
+
+
+@pytest.fixture(scope="module")
+def golden_job(manifest, recipe):
+    conditionings = {
+        name: conditioning(recipe.text_context(manifest["salt"], name)) for name in (TARGET, REFERENCE, EMPTY)
+    }
+    prompts = core.Prompts((core.Pair(TARGET, REFERENCE),), (), EMPTY)
+    paper = replace(core.PRESETS["paper"], schedule_steps=10, iterations=3)
+    return training.Job(paper, prompts, conditionings)
+
+
+@pytest.fixture
+def golden_start(monkeypatch, manifest) -> Iterator[dict[str, Tensor]]:
+    """The official trainer's first parameters and random numbers, in place of those of a seed."""
+    saved = load_file(GOLDEN / "c_train_main.safetensors")
+    low_rank = pack_module("unguide_core.adapter").LowRank
+
+    def start(model: Any, job: Any, device: Any) -> dict[str, Any]:
+        modules = [
+            k.removesuffix(".lora.A").removeprefix("it0/before/")
+            for k in saved
+            if k.startswith("it0/before/") and k.endswith("A")
+        ]
+        return {
+            f"diffusion_model.{m}": low_rank(
+                saved[f"it0/before/{m}.lora.A"].T.clone().requires_grad_(),
+                saved[f"it0/before/{m}.lora.B"].T.clone().requires_grad_(),
+                8.0,
+            )
+            for m in modules
+        }
+
+    draws = [
+        core.Draw(it["t_enc (till_T)"], int(saved[f"it{n}/t_enc_ddpm"]), saved[f"it{n}/start_code"])
+        for n, it in enumerate(manifest["train_main"]["iterations"])
+    ]
+    plain = core.Training.__init__
+    monkeypatch.setattr(training, "_fresh", start)
+    monkeypatch.setattr(core.Training, "__init__", lambda self, *a, **k: plain(self, *a, **k, draws=iter(draws)))
+    return saved
+
+
+def test_the_official_loop_in_the_host_is_the_official_trainer(golden_model, golden_job, golden_start, manifest):
+    """Whole iterations: latents sampled by the adapted model, targets, losses, gradients, Adam."""
+    saved, facts = golden_start, manifest["train_main"]
+    found = training.train_erasure_lora(golden_model, golden_job, torch.zeros_like(saved["it0/start_code"]))
+    for loss, iteration in zip(found.losses, facts["iterations"], strict=True):
+        print(
+            f"golden C, host's trainer, loss: {abs(loss - iteration['loss_recomputed']):.2e} (limit {LIMITS['loss']})"
+        )
+        assert abs(loss - iteration["loss_recomputed"]) <= LIMITS["loss"]
+    for name, layer in found.adapter.layers.items():
+        module = name.removeprefix("diffusion_model.")
+        for factor, value in (("A", layer.down.T), ("B", layer.up.T)):
+            key = f"{module}.lora.{factor}"
+            official, gradient = saved[f"it2/after/{key}"], saved[f"it2/grad/{key}"]
+            steady = gradient.abs() > 1e-3 * gradient.abs().max()
+            assert float((value - official)[steady].abs().max()) <= LIMITS["weights"]
+            assert float((value - official).abs().max()) <= 2 * 3e-5 * 3
+
+
+# ---------------------------------------------------------------- the node
+
+
+WORDS = {"concept": "cat", "reference": "forest", "synonyms": "kitty"}
+FEW = {"sampling_steps": 2, "scenes": "", "keep_prompts": "\na photo of the dog"}
+WIDGETS = {"preset": "selective", "layers": "object", "iterations": 2, "learning_rate": 0.0, "seed": 0}
+
+
+def test_the_node_gives_an_erasure_lora_that_the_sampler_takes_and_the_hosts_loss_map(demo, latent):
+    import comfy.samplers
+    from comfy_extras.nodes_train import LossGraphNode
+
+    out = node.execute(demo.model, {"samples": latent}, **WORDS, **WIDGETS, **FEW, clip=demo.clip)
+    (lora,), losses = out.args
+    assert len(losses["loss"]) == 2
+    assert lora.concept_prompt == "a photo of the cat"
+    card = lora.adapter.card
+    assert (card.concept, card.synonyms, card.objective) == ("cat", ("kitty",), "selective")
+    assert card.calibration["latent"] == (4, 8, 8)
+    assert card.calibration["levels"]["influence"][0]["baseline"] > 0
+    guided = fixed(demo.model, lora, 0.0)
+    guider = comfy.samplers.CFGGuider(guided)
+    guider.set_conds(demo.encode("a photo of the cat"), demo.encode(""))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), torch.tensor([14.0, 3.0, 0.0]))
+    assert drawn.isfinite().all()
+    assert LossGraphNode.define_schema().inputs[0].io_type == "LOSS_MAP"
+    json.dumps(losses)
+
+
+def test_the_node_trains_on_connected_prompts_without_a_clip(demo, latent):
+    given = {"target": TARGET, "reference_prompt": REFERENCE, "neutral": EMPTY}
+    out = node.execute(
+        demo.model,
+        {"samples": latent},
+        **{**WORDS, "concept": "", "reference": "", "synonyms": ""},
+        **WIDGETS,
+        sampling_steps=2,
+        **{name: demo.encode(prompt) for name, prompt in given.items()},
+    )
+    (lora,), _ = out.args
+    assert lora.name == "trained here"
+    assert lora.concept is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"concept": ""}, "no concept is named"),
+        ({"reference": ""}, "no reference"),
+        ({"reference": "cat"}, "nothing to learn"),
+        ({"layers": "custom"}, "pattern is empty"),
+        ({"layers": "custom", "layer_pattern": "nowhere"}, "fits none of this model's"),
+        ({"clip": None}, "no CLIP is connected"),
+        ({"clip": None, "target": [[torch.zeros(1, 77, 768), {}]]}, "reference, neutral"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(demo, latent, changes, words):
+    inputs = {**WORDS, **WIDGETS, **FEW, "clip": demo.clip, **changes}
+    with pytest.raises(ValueError, match=words):
+        node.execute(demo.model, {"samples": latent}, **inputs)
+
+
+def test_two_equal_conditionings_are_refused(demo, latent):
+    same = demo.encode(TARGET)
+    with pytest.raises(ValueError, match="the same prompt"):
+        node.execute(
+            demo.model, {"samples": latent}, **WORDS, **WIDGETS, target=same, reference_prompt=same, neutral=same
+        )
+
+
+def test_a_model_without_discrete_timesteps_is_refused(demo, job, latent):
+    import comfy.model_sampling
+
+    class Flow(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    model = demo.model.clone()
+    model.add_object_patch("model_sampling", Flow())
+    with pytest.raises(ValueError, match="1000 discrete timesteps"):
+        training.train_erasure_lora(model, job, latent)

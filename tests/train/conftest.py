@@ -1,0 +1,63 @@
+"""What the tests of unguide_train share: the demo checkpoint, the host's tokenizer, and a quick recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dev.host import Host
+from tests.host.conftest import CHECKPOINT, Demo, demo, inference_mode  # noqa: F401  (fixtures)
+from unguide_train.config import Config, from_values
+
+QUICK = {
+    "iterations": 4,
+    "schedule_steps": 2,
+    "trajectories": 2,
+    "kept_trajectories": 2,
+    "batch": 1,
+    "preserved": 1,
+    "refresh": 2,
+    "check": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    return Host.from_environment().base_directory / "models" / "checkpoints" / CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Path:
+    return Host.from_environment().comfyui / "comfy" / "sd1_tokenizer"
+
+
+@pytest.fixture
+def settings(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> dict[str, Any]:
+    """Values of a quick training of one concept at 64 x 64 pixels."""
+    return {
+        "base": checkpoint,
+        "tokenizer": tokenizer,
+        "out": tmp_path,
+        "size": 64,
+        "recipe": dict(QUICK),
+        "concepts": [{"concept": "cat", "reference": "forest", "synonyms": ["kitty"]}],
+    }
+
+
+@pytest.fixture
+def config(settings: dict[str, Any]) -> Config:
+    return from_values(settings)
+
+
+@pytest.fixture(autouse=True)
+def ordinary_mode(inference_mode):  # noqa: F811
+    """unguide_train runs in a process of its own, not under the host's inference mode."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+__all__ = ["QUICK", "Demo", "asdict"]

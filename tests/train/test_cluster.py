@@ -1,0 +1,75 @@
+"""Many concepts on a local Ray of two workers, one of which is killed on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unguide_core.formats import load_adapter
+from unguide_train import checkpoint as checkpoints
+from unguide_train.cluster import ClusterError, train_on_ray
+from unguide_train.config import from_values
+from unguide_train.job import train_concept
+
+
+def kill_the_worker_behind(checkpoint: Path, killed: list[int], gone: threading.Event) -> None:
+    """Kills the worker that writes a checkpoint, as soon as it has written it."""
+    while not gone.is_set() and not killed:
+        if checkpoint.exists():
+            killed.append(checkpoints.writer(checkpoint))
+            os.kill(killed[0], signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def test_a_killed_workers_concept_goes_on_from_its_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["recipe"] |= {"iterations": 12, "refresh": 4, "check": 0}
+    settings["concepts"] = [{"concept": "cat", "reference": "forest"}, {"concept": "dog", "reference": "field"}]
+    config = from_values(settings)
+    killed: list[int] = []
+    gone = threading.Event()
+    watcher = threading.Thread(
+        target=kill_the_worker_behind, args=(checkpoints.path_of(tmp_path / "cat.safetensors"), killed, gone)
+    )
+    watcher.start()
+    try:
+        finished = {concept.concept: result for concept, result in train_on_ray(config, config.concepts, "local", 2)}
+    finally:
+        gone.set()
+        watcher.join()
+    assert len(killed) == 1
+    cat, dog = finished["cat"], finished["dog"]
+    assert not isinstance(cat, Exception), cat
+    assert not isinstance(dog, Exception), dog
+    assert cat.resumed_at >= 4
+    assert cat.process not in (killed[0], dog.process)
+    assert dog.resumed_at == 0
+    assert [cat.iterations, dog.iterations] == [12, 12]
+    alone = from_values({**settings, "out": tmp_path / "alone"})
+    expected = train_concept(alone, alone.concepts[0], quiet=True)
+    assert load_adapter(cat.path).fingerprint == load_adapter(expected.path).fingerprint
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["cat.safetensors", "dog.safetensors"]
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_concept_that_cannot_be_trained_is_reported_and_the_others_are_trained(settings, tmp_path) -> None:
+    settings |= {"preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10}}
+    settings["concepts"] = [
+        {"concept": "cat", "reference": "forest", "out": str(tmp_path / "blocked" / "cat.safetensors")},
+        {"concept": "dog", "reference": "field"},
+    ]
+    (tmp_path / "blocked").write_text("a file where a folder is needed")
+    config = from_values(settings)
+    finished = {concept.concept: result for concept, result in train_on_ray(config, config.concepts, "local", 2)}
+    assert isinstance(finished["cat"], OSError)
+    assert load_adapter(finished["dog"].path).card.concept == "dog"
+
+
+def test_no_cluster_is_said_in_a_sentence(config) -> None:
+    with pytest.raises(ClusterError, match=r"ray start --head.*--ray local"):
+        list(train_on_ray(config, config.concepts, "127.0.0.1:1"))

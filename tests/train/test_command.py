@@ -1,0 +1,200 @@
+"""`python -m unguide_train` as a person runs it: files, tables, interruption, and what it says of bad input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from tests.conftest import ROOT
+from tests.train.conftest import QUICK
+from unguide_core.formats import AdapterError, load_adapter
+from unguide_train import checkpoint as checkpoints
+from unguide_train import job
+from unguide_train.cli import main
+from unguide_train.config import ConfigError, from_values
+from unguide_train.model import ModelError, load_base
+
+
+@pytest.fixture
+def arguments(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> list[str]:
+    words = ["--concept", "cat", "--reference", "forest", "--preset", "paper", "--iterations", "2"]
+    files = ["--base", str(checkpoint), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "cat.safetensors")]
+    return [*words, *files, "--size", "64", "--schedule-steps", "10"]
+
+
+def test_the_documented_command_writes_the_file_with_its_card(arguments: list[str], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "unguide_train",
+        *arguments,
+        "--synonym",
+        "kitty",
+        "--logs",
+        str(tmp_path / "logs"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "| cat | 2 |" in run.stdout
+    adapter = load_adapter(tmp_path / "cat.safetensors")
+    card = adapter.card
+    assert (card.concept, card.synonyms, card.objective) == ("cat", ("kitty",), "paper")
+    assert (card.target, card.reference) == ("a photo of the cat", "a photo of the forest")
+    assert card.base_model == "unguide-demo"
+    assert all(torch.count_nonzero(layer.up) for layer in adapter.layers.values())
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_a_yaml_file_trains_many_concepts_into_one_table(settings: dict[str, Any], tmp_path: Path, capsys) -> None:
+    settings["concepts"] = [
+        {"concept": "cat", "reference": "forest"},
+        {"concept": "dog", "reference": "field", "out": str(tmp_path / "other.safetensors")},
+    ]
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    (tmp_path / "many.yaml").write_text(
+        yaml.safe_dump({**plain, "preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10}}),
+        encoding="utf-8",
+    )
+    assert main(["--config", str(tmp_path / "many.yaml")]) == 0
+    table = capsys.readouterr().out
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| cat", "| dog"]
+    assert load_adapter(tmp_path / "cat.safetensors").card.concept == "cat"
+    assert load_adapter(tmp_path / "other.safetensors").card.concept == "dog"
+
+
+def test_a_training_that_was_cut_off_goes_on_and_ends_with_the_same_bits(settings, tmp_path, monkeypatch) -> None:
+    whole = from_values({**settings, "out": tmp_path / "whole"})
+    expected = job.train_concept(whole, whole.concepts[0], quiet=True)
+    config, save, seen = from_values(settings), checkpoints.save, []
+
+    def saved_and_cut_off(state: dict[str, Any], path: Path) -> None:
+        save(state, path)
+        seen.append(state["state"]["iteration"])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr(checkpoints, "save", saved_and_cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            job.train_concept(config, config.concepts[0], quiet=True)
+    assert seen == [QUICK["refresh"]]
+    assert not (tmp_path / "cat.safetensors").exists()
+    resumed = job.train_concept(config, config.concepts[0], quiet=True)
+    assert resumed.resumed_at == QUICK["refresh"]
+    assert resumed.iterations == expected.iterations
+    assert load_adapter(resumed.path).fingerprint == load_adapter(expected.path).fingerprint
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_checkpoint_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
+    state = {
+        "recipe": {"seed": 1},
+        "layers": {"a.b": [torch.randn(1, 3), torch.randn(2, 1)]},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(1, 3)}},
+            "param_groups": [{"lr": 1}],
+        },
+        "generator": torch.Generator().manual_seed(3).get_state(),
+        "state": {"iteration": 3},
+    }
+    checkpoints.save(state, tmp_path / "x.safetensors")
+    again = checkpoints.load(tmp_path / "x.safetensors")
+    assert again["recipe"] == state["recipe"]
+    assert again["state"] == state["state"]
+    assert torch.equal(again["generator"], state["generator"])
+    assert all(torch.equal(a, b) for a, b in zip(again["layers"]["a.b"], state["layers"]["a.b"], strict=True))
+    assert torch.equal(again["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_half_written(settings, tmp_path, monkeypatch) -> None:
+    """A full disk, as the operating system reports it."""
+    config = from_values({**settings, "preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10}})
+
+    def full(source: str, target: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "replace", full)
+        with pytest.raises(AdapterError, match=r"No space left on device.*disk has room"):
+            job.train_concept(config, config.concepts[0], quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diffusers_folder_is_the_same_base_as_its_checkpoint_file(checkpoint, tokenizer, tmp_path) -> None:
+    base = load_base(checkpoint, tokenizer)
+    base.unet.save_pretrained(tmp_path / "unet")
+    base.text.save_pretrained(tmp_path / "text_encoder")
+    base.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    folder = load_base(tmp_path)
+    assert folder.hash == base.hash
+    prompt = "a photo of the cat"
+    assert torch.equal(folder.encode([prompt])[prompt], base.encode([prompt])[prompt])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"concepts": []}, "concepts"),
+        ({"concepts": [{"concept": "cat", "reference": "cat"}]}, "nothing to learn"),
+        ({"concepts": [{"concept": "cat", "reference": ""}]}, "no reference"),
+        ({"concepts": [{"concept": "cat"}]}, "concepts.0.reference"),
+        ({"base": Path("nowhere.safetensors")}, "does not exist"),
+        ({"recipe": {"speed": 3}}, "speed.*the names are loop, iterations"),
+        ({"recipe": {"rate_up": -1.0}}, "rate_up is -1.0"),
+        ({"layers": "faces"}, "expected one of object"),
+        ({"size": 100}, "size"),
+        ({"colour": "red"}, "colour"),
+        ({"concepts": [{"concept": "cat", "reference": "sea"}] * 2}, "two concepts"),
+        ({"concepts": [{"concept": "cat", "reference": "sea", "out": "x.pth"}]}, "must end in .safetensors"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        from_values({**settings, **changes})
+
+
+def test_wrong_settings_are_one_line_on_the_command_line(arguments: list[str], capsys) -> None:
+    at = arguments.index("--reference") + 1
+    arguments[at] = "cat"
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "nothing to learn" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_learning_rate_that_diverges_ends_in_a_sentence_and_no_file(arguments, tmp_path, capsys) -> None:
+    assert main([*arguments, "--learning-rate", "1e9", "--iterations", "20"]) == 1
+    assert "training diverged at iteration" in capsys.readouterr().err
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "words"),
+    [
+        ("x.ckpt", None, "no .safetensors file"),
+        ("x.safetensors", {"a": torch.zeros(2)}, "holds no UNet"),
+        ("x.safetensors", {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)}, "holds no CLIP-L"),
+    ],
+)
+def test_a_file_that_is_no_base_model_is_refused_by_name(name, tensors, words, tmp_path, tokenizer) -> None:
+    path = tmp_path / name
+    if tensors is None:
+        path.write_bytes(b"pickle")
+    else:
+        save_file(tensors, path)
+    with pytest.raises(ModelError, match=words):
+        load_base(path, tokenizer)
+
+
+def test_a_checkpoint_file_without_a_tokenizer_is_refused_with_the_remedy(checkpoint: Path) -> None:
+    with pytest.raises(ModelError, match="--tokenizer"):
+        load_base(checkpoint)

@@ -1,0 +1,143 @@
+"""The command line of `python -m unguide_train`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import Concept, Config, ConfigError, from_values, read_yaml
+
+log = logging.getLogger("unguide_train")
+
+RECIPE = {
+    "iterations": int,
+    "learning_rate": float,
+    "learning_rate_down": float,
+    "rank": int,
+    "alpha": float,
+    "erasure_strength": float,
+    "cfg": float,
+    "schedule_steps": int,
+    "seed": int,
+}
+"""Options that change the recipe, with their types."""
+_NAMES = {"learning_rate": "rate_up", "learning_rate_down": "rate_down"}
+_NAMES |= {"erasure_strength": "negative_guidance", "cfg": "guidance_scale"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(
+        prog="python -m unguide_train",
+        description="Trains LoRAs that make a Stable Diffusion 1.x model forget a concept. No pictures needed.",
+    )
+    made.add_argument("--config", type=Path, help="YAML file with the settings, and many concepts; options win over it")
+    made.add_argument("--base", type=Path, help="checkpoint (.safetensors), or a folder that diffusers saved")
+    made.add_argument("--tokenizer", type=Path, help="folder of CLIP's tokenizer; a diffusers folder has its own")
+    made.add_argument("--concept", help="what shall be forgotten, a word or two")
+    made.add_argument("--reference", help="what shall be drawn in its place")
+    made.add_argument("--synonym", action="append", default=[], help="another word for it; may be repeated")
+    made.add_argument("--out", type=Path, help="the result (.safetensors); with --config a folder")
+    made.add_argument("--preset", choices=("selective", "paper"), help="default: selective")
+    made.add_argument("--layers", help="object, explicit content, style or custom (default: object)")
+    made.add_argument("--pattern", help="for --layers custom: a regular expression on names of linear layers")
+    for name, kind in RECIPE.items():
+        made.add_argument(f"--{name.replace('_', '-')}", type=kind, help="default: the preset's")
+    made.add_argument("--size", type=int, help="of pictures, in pixels (default: 512)")
+    made.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of the base model (default: fp32)")
+    made.add_argument("--rows", type=int, help="latents computed at once, at most (default: 16)")
+    made.add_argument("--logs", type=Path, help="folder of TensorBoard logs")
+    made.add_argument(
+        "--ray", metavar="ADDRESS", help="train concepts on Ray: auto (the cluster that is there), local, or an address"
+    )
+    made.add_argument("--workers", type=int, help="of --ray local (default: one a core)")
+    return made
+
+
+def config_of(options: argparse.Namespace) -> Config:
+    """The configuration of options and file. Raises: ConfigError."""
+    values: dict[str, Any] = read_yaml(options.config) if options.config else {}
+    for name in ("base", "tokenizer", "preset", "layers", "pattern", "size", "precision", "rows", "logs"):
+        if getattr(options, name) is not None:
+            values[name] = getattr(options, name)
+    changes = {_NAMES.get(name, name): getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
+    if "rate_up" in changes:
+        changes.setdefault("rate_down", changes["rate_up"] * _ratio(values.get("preset", "selective")))
+    if changes:
+        values["recipe"] = {**values.get("recipe", {}), **changes}
+    if options.concept or not options.config:
+        concept: dict[str, Any] = {"concept": options.concept or "", "reference": options.reference or ""}
+        concept["synonyms"] = tuple(options.synonym)
+        if options.out and not options.config:
+            concept["out"] = options.out
+        values["concepts"] = [concept]
+    if options.config and options.out:
+        values["out"] = options.out
+    if "base" not in values:
+        raise ConfigError("there is no base model; give --base, or 'base:' in the configuration")
+    return from_values(values)
+
+
+def _ratio(preset: str) -> float:
+    from unguide_core.training import PRESETS
+
+    recipe = PRESETS.get(preset, PRESETS["selective"])
+    return recipe.rate_down / recipe.rate_up
+
+
+def results(config: Config, options: argparse.Namespace) -> Iterator[tuple[Concept, Any]]:
+    """Every concept with its summary, or the exception that it failed by."""
+    if options.ray:
+        from .cluster import train_on_ray
+
+        yield from train_on_ray(config, config.concepts, options.ray, options.workers)
+        return
+    from .job import train_concept
+
+    for concept in config.concepts:
+        try:
+            yield concept, train_concept(config, concept)
+        except (ValueError, RuntimeError, OSError) as error:
+            yield concept, error
+
+
+def table(rows: Sequence[Any]) -> str:
+    """The summaries of all concepts as one table."""
+    columns = ("concept", "iterations", "loss", "held out", "evaluations", "seconds", "file")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        held = "-" if row.held_out is None else f"{row.held_out:.3f}"
+        lines.append(
+            f"| {row.concept} | {row.iterations} | {row.loss:.4f} | {held} | {row.evaluations} | {row.seconds:.0f} "
+            f"| {row.path} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what was asked for; returns 0 if every concept was written, 1 if one failed, 2 for wrong settings."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = parser().parse_args(arguments)
+    try:
+        config = config_of(options)
+    except ConfigError as error:
+        sys.stderr.write(f"unguide_train: {error}\n")
+        return 2
+    done, failed = [], False
+    try:
+        for concept, result in results(config, options):
+            if isinstance(result, Exception):
+                failed = True
+                sys.stderr.write(f"unguide_train: {concept.concept}: {result}\n")
+            else:
+                done.append(result)
+    except RuntimeError as error:
+        sys.stderr.write(f"unguide_train: {error}\n")
+        return 1
+    if done:
+        sys.stdout.write(table(done) + "\n")
+    return 1 if failed else 0

@@ -1,0 +1,81 @@
+"""Many concepts as independent jobs on Ray. Needs the extra `ray` (pip install comfyui-unguide[ray])."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .config import Concept, Config
+from .job import Summary, train_concept
+
+RETRIES = 3
+"""How often the concept of a worker that was lost is begun again, from its last checkpoint."""
+
+
+class ClusterError(RuntimeError):
+    """Ray is not installed, or there is no cluster to be found."""
+
+
+def train_on_ray(
+    config: Config, concepts: Sequence[Concept], address: str, workers: int | None = None
+) -> Iterator[tuple[Concept, Summary | Exception]]:
+    """Yield every concept with its summary, or with what it failed by, as they are finished.
+
+    The folder of the results must be one that all workers see: checkpoints are there.
+
+    Args:
+        address: "auto" for the cluster that is there, "local" for one on this machine, else its address.
+        workers: of a local cluster; None takes one a core.
+    Raises: ClusterError.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ClusterError("Ray is not installed; install it: pip install 'comfyui-unguide[ray]'") from error
+    _require_reachable(address)
+    root = str(Path(__file__).resolve().parent.parent)
+    try:
+        ray.init(
+            address=None if address == "local" else address,
+            num_cpus=workers if address == "local" else None,
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": root}},
+            log_to_driver=False,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(_absent(address, error)) from error
+    try:
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_task)
+        values = config.model_dump()
+        waiting = {remote.remote(values, concept.model_dump()): concept for concept in concepts}
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            concept = waiting.pop(done)
+            try:
+                yield concept, ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                yield concept, error.cause if isinstance(error.cause, Exception) else error
+            except ray.exceptions.RayError as error:
+                yield concept, error
+    finally:
+        ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Raises ClusterError where nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ClusterError(_absent(address, error)) from error
+
+
+def _absent(address: str, error: Exception) -> str:
+    return f"there is no Ray cluster at {address!r} ({error}); start one with 'ray start --head', or use --ray local"
+
+
+def _task(values: dict, concept: dict) -> Summary:
+    return train_concept(Config.model_validate(values), Concept.model_validate(concept), quiet=True)
