@@ -2,7 +2,6 @@
 
     python -m demo.erasure train --tokenizer ComfyUI/comfy/sd1_tokenizer [--set selective] [--concept cat dog]
     python -m demo.erasure evaluate --tokenizer ComfyUI/comfy/sd1_tokenizer
-    python -m demo.erasure calibrate --tokenizer ComfyUI/comfy/sd1_tokenizer
 
 `paper` is the official recipe (arXiv 2508.05755) with a learning rate that this small model needs. `selective` adds
 what made adapters leave other prompts alone: a larger learning rate for `down`, a preservation term, the concept's
@@ -27,23 +26,16 @@ from torch import Tensor
 
 from unguide_core.adapter import Adapter, Card, LowRank
 from unguide_core.formats import load_adapter, save_adapter
-from unguide_core.probe import influence
 from unguide_core.training import PRESETS, Pair, Prompts, Recipe, Training, fresh_layers
-from unguide_core.trajectory import from_sigma_space, partial_denoise, to_sigma_space
 
 from .captions import CLASSES, PLACES, SCENES, SYNONYMS, article, words_for
 from .narrow import (
-    GUIDANCE_SCALE,
     LATENT,
-    SCHEDULE_STEPS,
     Layers,
     Narrow,
     adapted_table,
-    joined,
     load_narrow,
-    normal_sigmas,
     start_worker,
-    timestep_of,
     worker_model,
 )
 from .seed import COPIES, SEED_PATH, widen_lora
@@ -68,11 +60,6 @@ REFERENCES: dict[str, str] = {
     "truck": "sky",
 }
 """The scene whose prediction takes the place of each class."""
-
-PROBE_STEPS = 2
-CALIBRATION_REPEATS, OTHERS_REPEATS = 16, 4
-CALIBRATION_SCENES = SCENES[0::3]
-"""Scenes in which objects are calibrated; the gate is measured in others."""
 
 EMPTY_REPEATS = 9
 """How often more than another prompt to keep the empty one is: it is half of every guided prediction."""
@@ -209,61 +196,7 @@ def narrowed(adapter: Adapter) -> dict[str, LowRank]:
     }
 
 
-@torch.no_grad()
-def influences(narrow: Narrow, prompts: Sequence[str], layers: Layers, sigmas: Tensor, repeats: int) -> Tensor:
-    """Returns the influence on each prompt at the end of its own trajectory, as the product's probe takes it.
-
-    Args:
-        sigmas: the probe's noise levels.
-        repeats: noise seeds.
-    Returns: eps norms, [prompts, repeats].
-    """
-    states = narrow.encode([*prompts, ""])
-    base = narrow.table(states)
-    table = joined(base, adapted_table(base, states, layers))
-    noise = torch.randn((repeats, *LATENT), generator=torch.Generator().manual_seed(0))
-    start = to_sigma_space(noise, float(sigmas[0]))
-    times = timestep_of(sigmas[-1:]).expand(repeats)
-    norms = []
-    for row in range(len(prompts)):
-        cond = torch.full((repeats,), row)
-        denoise = narrow.denoise(table, cond, torch.full_like(cond, len(prompts)))
-        x = from_sigma_space(partial_denoise(denoise, start, sigmas), float(sigmas[-1]))
-        norms.append(influence(narrow.eps(x, times, table, cond), narrow.eps(x, times, table, cond + len(states))))
-    return torch.stack(norms)
-
-
-def calibration(narrow: Narrow, concept: str, layers: Layers, probe_steps: int = PROBE_STEPS) -> dict:
-    """Returns the card's `calibration`: the influence on the concept's own prompt, and where it separates.
-
-    The threshold lies halfway between the lowest influence on the concept's prompts and the highest on others, both
-    relative to that on the concept's own prompt; there is none where the two overlap.
-    """
-    sigmas = normal_sigmas()[: probe_steps + 1]
-    own = influences(narrow, [photo(concept)], layers, sigmas, CALIBRATION_REPEATS)
-    others = [other for other in CLASSES if other != concept]
-    within = [photo(word) for word in words_for(concept)] + [placed(concept, scene) for scene in CALIBRATION_SCENES]
-    without = ["", *map(photo, SCENES), *(photo(word) for other in others for word in words_for(other))]
-    without += [placed(other, scene) for other in others for scene in CALIBRATION_SCENES]
-    relative = influences(narrow, [*within, *without], layers, sigmas, OTHERS_REPEATS).mean(dim=1) / own.mean()
-    lowest, highest = float(relative[: len(within)].min()), float(relative[len(within) :].max())
-    return {
-        "mean": round(float(own.mean()), 5),
-        "std": round(float(own.std()), 5),
-        "lowest": round(lowest, 3),
-        "highest_other": round(highest, 3),
-        **({"threshold": round((lowest + highest) / 2.0, 3)} if lowest > highest else {}),
-        "repeats": CALIBRATION_REPEATS,
-        "latent": list(LATENT),
-        "sigma": round(float(sigmas[-1]), 5),
-        "scheduler": "normal",
-        "steps": SCHEDULE_STEPS,
-        "step": probe_steps,
-        "cfg": GUIDANCE_SCALE,
-    }
-
-
-def card_of(narrow: Narrow, concept: str, objective: str, recipe: Recipe, layers: Layers) -> Card:
+def card_of(narrow: Narrow, concept: str, objective: str, recipe: Recipe) -> Card:
     """Returns what is known of a trained adapter."""
     return Card(
         concept=concept,
@@ -277,20 +210,16 @@ def card_of(narrow: Narrow, concept: str, objective: str, recipe: Recipe, layers
         alpha=recipe.alpha,
         source_format="generic",
         settings=recipe.to_settings(),
-        calibration=calibration(narrow, concept, layers),
         author="UnGuide for ComfyUI",
         licence="MIT",
     )
 
 
 def store(narrow: Narrow, folder: Path, concept: str, objective: str, layers: Layers) -> None:
-    """Writes an erasure LoRA with its card, calibrated as it is read back."""
+    """Writes an erasure LoRA with its card. `python3 dev calibrate` adds the calibration, in the host."""
     path = path_of(folder, objective, concept)
     path.parent.mkdir(parents=True, exist_ok=True)
-    adapter = Adapter(widened(layers))
-    save_adapter(
-        replace(adapter, card=card_of(narrow, concept, objective, RECIPES[objective], narrowed(adapter))), path
-    )
+    save_adapter(Adapter(widened(layers), card_of(narrow, concept, objective, RECIPES[objective])), path)
 
 
 def is_finished(narrow: Narrow, folder: Path, concept: str, objective: str) -> bool:
@@ -330,18 +259,6 @@ def train(options: argparse.Namespace) -> None:
     log.info("trained in %.0f s", time.monotonic() - began)
 
 
-def calibrate(options: argparse.Namespace) -> None:
-    """Writes the cards' calibration anew, for a probe that stops elsewhere."""
-    narrow = load_narrow(options.tokenizer, options.model)
-    for objective in options.set:
-        for concept in options.concept:
-            path = path_of(options.out, objective, concept)
-            adapter = load_adapter(path)
-            measured = calibration(narrow, concept, narrowed(adapter), options.probe_steps)
-            save_adapter(replace(adapter, card=replace(adapter.card, calibration=measured)), path)
-            log.info("%s %s: %s", objective, concept, measured)
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Returns the command and its options."""
     shared = argparse.ArgumentParser(add_help=False)
@@ -357,12 +274,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", parents=[shared], help="train what is missing")
     command.add_argument("--force", action="store_true", help="train what is there, too")
-    command = commands.add_parser("calibrate", parents=[shared], help="measure the cards' calibration anew")
-    command.add_argument("--probe-steps", type=int, default=PROBE_STEPS, help="default: %(default)s")
-    command = commands.add_parser("evaluate", parents=[shared], help="measure pictures and gate")
+    command = commands.add_parser("evaluate", parents=[shared], help="measure pictures")
     command.add_argument("--pictures", type=int, default=20, help="per prompt of the concept (default: %(default)s)")
     command.add_argument("--others", type=int, default=20, help="per other class (default: %(default)s)")
-    command.add_argument("--part", nargs="+", choices=("pictures", "gate"), default=("pictures", "gate"))
     return parser.parse_args(arguments)
 
 
@@ -375,7 +289,7 @@ def main() -> None:
 
         evaluate(options)
     else:
-        {"train": train, "calibrate": calibrate}[options.command](options)
+        train(options)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from demo.erasure import LORAS, PREFIX, RECIPES, narrowed, path_of, widened
 from demo.narrow import ADAPTED, LATENT, base_sha256, normal_sigmas
 from demo.unet import WIDE_WIDTH, UNet
 from unguide_core.adapter import Adapter, initial_low_rank
+from unguide_core.calibration import Calibration
 from unguide_core.formats import load_adapter
 
 FILES = [(objective, concept) for objective in RECIPES for concept in CLASSES]
@@ -39,16 +40,23 @@ def test_a_shipped_loras_card_says_what_it_erases_and_how_it_was_trained(objecti
 
 
 @pytest.mark.parametrize(("objective", "concept"), FILES)
-def test_a_shipped_loras_calibration_holds_at_its_own_noise_level(objective, concept):
-    calibration = load_adapter(path_of(LORAS, objective, concept)).card.calibration
-    assert calibration["latent"] == list(LATENT)
-    assert calibration["sigma"] == pytest.approx(float(normal_sigmas(calibration["steps"])[calibration["step"]]), 1e-4)
+def test_a_shipped_loras_calibration_is_its_own_and_covers_the_gates_look(objective, concept):
+    adapter = load_adapter(path_of(LORAS, objective, concept))
+    calibration = Calibration.from_card(adapter.card.calibration)
+    assert (calibration.adapter, calibration.latent) == (f"{adapter.signature}*1", LATENT)
+    assert calibration.at("influence", float(normal_sigmas(20)[2])).baseline > 0.0
 
 
 @pytest.mark.parametrize("concept", CLASSES)
-def test_a_selective_loras_card_has_a_threshold_that_tells_its_concept_from_others(concept):
-    calibration = load_adapter(path_of(LORAS, "selective", concept)).card.calibration
-    assert 0.2 < calibration["threshold"] < 0.9
+def test_a_selective_lora_separates_its_concept_from_others_and_a_paper_one_does_not(concept):
+    separates = {
+        objective: Calibration.from_card(load_adapter(path_of(LORAS, objective, concept)).card.calibration)
+        .at("influence", float(normal_sigmas(20)[2]))
+        .threshold(0.01)
+        .separates
+        for objective in RECIPES
+    }
+    assert separates == {"paper": False, "selective": True}
 
 
 def test_widening_an_adapter_keeps_it_but_for_half_precision(generator):
