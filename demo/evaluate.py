@@ -1,8 +1,8 @@
 """Measures the demo's erasure LoRAs on the narrow model: what they erase and spare.
 
 Pictures: Acc_e (the erased class), Acc_g (its synonyms; both lower is better) and Acc_s (the nine other classes; higher
-is better), for the base model, the LoRA alone, and the weights that a gate may choose. It does not know training, nor how
-well a gate decides (`python3 dev gate`).
+is better), for the base model, the LoRA alone, and the weights that a gate may choose. It does not know training, nor
+how well a gate decides (`python3 dev gate`).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from tests.host.conftest import fixed
 from tests.host.families import FAMILIES, Family
 from tests.host.test_blending import assert_unchanged, relative, state_of
 
-erasure, gating, looking, matching = (
-    pack_module(f"unguide_comfy.{name}") for name in ("erasure", "gating", "looking", "matching")
+erasure, gating, deciding, matching = (
+    pack_module(f"unguide_comfy.{name}") for name in ("erasure", "gating", "deciding", "matching")
 )
 formats = pack_module("unguide_core.formats")
 
@@ -105,13 +105,14 @@ def test_the_probe_measures_alignment_and_influence_in_finite_numbers(family, lo
     def guider(model: Any) -> Any:
         return custom.CFGGuider.execute(model, family.conditioning(1), family.conditioning(0), 4.0)[0]
 
-    settings = looking.ProbeSettings(repeats=1, probe_steps=1)
+    settings = deciding.ProbeSettings(repeats=1, probe_steps=1)
     (decision,), report = gating.probe_prompt(family.model, (lora,), settings, guider, family.latent()["samples"])
     found = {statistic.name: statistic for statistic in decision.statistics}
-    assert set(found) == {"alignment", "influence", "paper"}
-    # the prompt is the concept's own
+    assert set(found) == {"alignment", "influence", "patch", "paper"}
+    # the prompt is the concept's own, and the baseline's first noise the probe's
     assert found["alignment"].score == pytest.approx(1.0, abs=1e-3)
-    assert found["influence"].score == pytest.approx(1.0, abs=1e-3)
+    for name in ("influence", "patch"):
+        assert found[name].concept[0] == pytest.approx(found[name].prompt[0], rel=1e-3)
     assert found["paper"].score > 0.0
     assert decision.detected
     assert json.loads(decision.to_json())
