@@ -13,12 +13,17 @@ _SAMPLED_VALUES = 64
 
 
 def model_key(model: Any) -> str:
-    """Key of a `ModelPatcher`: its class, all names and shapes, samples of the weights and of the patches on them.
+    """Key of a `ModelPatcher`: its class, kind of prediction and noise levels, all names and shapes, samples of the
+    weights and of the patches on them, and which patches change its forward.
 
     Weights that the host patched in place are read from its backup, so a loaded and an unloaded model agree; so do
     half and single precision.
     """
     digest = hashlib.sha256(type(model.model).__name__.encode())
+    sampling = model.get_model_object("model_sampling")
+    digest.update(" ".join(base.__name__ for base in type(sampling).__mro__).encode())
+    digest.update(f"{float(sampling.sigma_min):.5g} {float(sampling.sigma_max):.5g}".encode())
+    digest.update(str(sorted(_forward_patches(model.model_options.get("transformer_options", {})))).encode())
     weights = model.get_key_patches("diffusion_model.")
     names = sorted(weights)
     for name in names:
@@ -31,6 +36,18 @@ def model_key(model: Any) -> str:
             for tensor in _tensors(patch[1]):
                 digest.update(_sample(tensor))
     return digest.hexdigest()[:16]
+
+
+def _forward_patches(options: dict[str, Any]) -> Iterator[str]:
+    """Names of what other nodes hang into the network's forward (attention patches and the like)."""
+    for kind, patches in options.get("patches", {}).items():
+        yield from (f"{kind} {_named(patch)}" for patch in patches)
+    for kind, places in options.get("patches_replace", {}).items():
+        yield from (f"{kind} {place} {_named(patch)}" for place, patch in places.items())
+
+
+def _named(patch: Any) -> str:
+    return getattr(patch, "__qualname__", type(patch).__qualname__)
 
 
 def _sample(weight: torch.Tensor) -> bytes:
