@@ -162,10 +162,8 @@ class Demo:
         unguide = pictures["UnGuide"]
         unguide.detected, unguide.score = outcome["decision"]["detected"], outcome["decision"]["score"]
         unguide.weight = outcome["weight"]
-        # of a blend both are evaluated in every step, at weight 0 or 1 only one of them
-        plain = max(report["unet_evaluations"]["base"], report["unet_evaluations"]["adapted"])
         for picture in pictures.values():
-            picture.unet_evaluations = plain
+            picture.unet_evaluations = report["unet_evaluations_plain"]
         unguide.unet_evaluations = report["unet_evaluations_total"]
 
     def _picture(self, entry: dict[str, Any], node: str) -> bytes:
