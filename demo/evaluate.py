@@ -55,13 +55,19 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 @torch.no_grad()
 def draw(
-    narrow: Narrow, prompts: Sequence[str], pictures: int, layers: Layers | None = None, weight: float = 0.0
+    narrow: Narrow,
+    prompts: Sequence[str],
+    pictures: int,
+    layers: Layers | None = None,
+    weight: float = 0.0,
+    first: int = 0,
 ) -> Tensor:
     """Returns latents drawn for each prompt from the same noises, [prompts, pictures, 4, H, W].
 
     Args:
         layers: an adapter; None draws with the base model.
         weight: the base model's weight in the blend with the adapted one; 0 is the adapter alone.
+        first: the step from which on the adapter acts; before it the base model draws.
     """
     states = narrow.encode([*prompts, ""])
     base = narrow.table(states)
@@ -75,13 +81,15 @@ def draw(
     drawn = []
     for x, cond in zip(start.split(64), rows.split(64), strict=True):
         uncond = torch.full_like(cond, len(prompts))
-        blended = None
+        blended, shift = None, len(states)
+        if layers is not None and first:
+            with torch.autocast("cpu", torch.bfloat16):
+                x = partial_denoise(narrow.denoise(table, cond + shift, uncond + shift), x, sigmas[: first + 1])
         if layers is not None and weight != 0.0:
-            shift = len(states)
             blended = (cond, uncond, torch.full(cond.shape, weight))
             cond, uncond = cond + shift, uncond + shift
         with torch.autocast("cpu", torch.bfloat16):
-            drawn.append(partial_denoise(narrow.denoise(table, cond, uncond, adapted=blended), x, sigmas))
+            drawn.append(partial_denoise(narrow.denoise(table, cond, uncond, adapted=blended), x, sigmas[first:]))
     return torch.cat(drawn).unflatten(0, (len(prompts), pictures))
 
 
@@ -90,7 +98,7 @@ def accuracies(narrow: Narrow, judge: Judge, prompts: Mapping[str, str], picture
 
     Args:
         prompts: class by prompt.
-        drawing: `layers` and `weight` of `draw`.
+        drawing: `layers`, `weight` and `first` of `draw`.
     """
     latents = draw(narrow, list(prompts), pictures, **drawing)
     labels = judge(latents.flatten(0, 1)).view(len(prompts), pictures)
@@ -150,10 +158,12 @@ def judge(latents: Tensor) -> Tensor:
     return classify(pictures).argmax(dim=-1)
 
 
-def picture_task(path: Path | None, prompts: dict[str, str], pictures: int, weight: float) -> dict[str, float]:
+def picture_task(
+    path: Path | None, prompts: dict[str, str], pictures: int, weight: float, first: int = 0
+) -> dict[str, float]:
     """Returns the accuracies of prompts under an adapter's file, in percent."""
     layers = None if path is None else narrowed(load_adapter(path))
-    return accuracies(worker_model(), judge, prompts, pictures, layers=layers, weight=weight)
+    return accuracies(worker_model(), judge, prompts, pictures, layers=layers, weight=weight, first=first)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""How well the gate tells an erased concept from everything else, and how well it then erases, in a real ComfyUI.
+"""How well the gate tells an erased concept from everything else, measured in a real ComfyUI.
 
 For each of the demo's ten erasure LoRAs: the concept's name, its synonyms and the concept in scenes shall be found; the
 nine other classes, their synonyms, the scenes and the empty prompt shall not. All ten adapters are on the model at
@@ -183,60 +183,9 @@ def _share(found: list[bool]) -> str:
     return f"{sum(found)} of {len(found)} ({100 * sum(found) / max(1, len(found)):.1f} %)"
 
 
-ERASERS: dict[str, dict[str, Any]] = {
-    "restart": {"on_detection": "restart"},
-    "continue": {"on_detection": "continue"},
-    "continue, weight -1": {"on_detection": "continue", "weight": -1.0},
-    "continue, look at step 6": {"on_detection": "continue", "look_at": 6},
-    "restart, look at step 6": {"on_detection": "restart", "look_at": 6},
-}
-
-
-def erasure(demo: Demo, pictures: int, seed: int, look_at: int) -> Iterator[tuple[str, str, float, float]]:
-    """Ways to go on after a detection: name, kind of prompt, percent still shown, evaluations against plain ones."""
-    from demo.captions import CLASSES
-    from demo.classifier import classify
-
-    for name, options in ERASERS.items():
-        shown: dict[str, list[float]] = {}
-        costs: list[float] = []
-        for prompt, kinds in prompts().items():
-            concept = next((c for c, kind in kinds.items() if kind in SHALL_BE_FOUND), None)
-            if concept is None:
-                continue
-            settings = demo.deciding.ProbeSettings(
-                probe_steps=options.get("look_at", look_at),
-                schedule_steps=STEPS,
-                weight_detected=options.get("weight", 0.0),
-            )
-            reports: list[Any] = []
-            gate = demo.gating.Gate(settings=settings, on_detection=options["on_detection"])
-            model = demo.gating.guided(demo.model, [demo.loras[concept]], gate, observer=reports.append)
-            images = demo.vae.decode(demo.sample(model, prompt, pictures, seed))
-            labels = classify(images).argmax(dim=-1)
-            share = float((labels == CLASSES.index(concept)).float().mean()) * 100
-            shown.setdefault(kinds[concept], []).append(share)
-            costs.append(sum(reports[0].evaluations.values()) / reports[0].plain)
-        sys.stderr.write(f"{name} done\n")
-        for kind, shares in shown.items():
-            yield name, kind, sum(shares) / len(shares), sum(costs) / len(costs)
-
-
-def erasure_table(rows: list[tuple[str, str, float, float]]) -> str:
-    """Percent of pictures that still show the concept, in Markdown."""
-    lines = ["| on detection | name | synonyms | in scenes | evaluations |", "|---|---|---|---|---|"]
-    for name in dict.fromkeys(row[0] for row in rows):
-        shown = {kind: share for other, kind, share, _ in rows if other == name}
-        cost = next(cost for other, _, _, cost in rows if other == name)
-        cells = " | ".join(f"{shown[kind]:.1f} %" for kind in SHALL_BE_FOUND)
-        lines.append(f"| {name} | {cells} | {cost:.2f}x |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--set", default="selective", choices=("selective", "paper"))
-    parser.add_argument("--part", nargs="+", default=["decisions"], choices=("decisions", "erasure"))
     parser.add_argument("--statistic", default="auto", choices=("auto", *STATISTICS), help="what decides")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--pictures", type=int, default=20, help="noises for each prompt")
@@ -251,13 +200,10 @@ def main() -> None:
         demo = Demo(arguments.set)
         chosen = (arguments.pictures, arguments.seed, arguments.look_at)
         sys.stdout.write(f"Erasure LoRAs: {arguments.set}\n\n")
-        if "decisions" in arguments.part:
-            scores = with_the_papers_rule(list(decisions(demo, *chosen, arguments.statistic)))
-            sys.stdout.write(f"{table(scores)}\n\n{table_by_kind(scores)}\n")
-            if arguments.json:
-                arguments.json.write_text(json.dumps([vars(score) for score in scores], indent=1))
-        if "erasure" in arguments.part:
-            sys.stdout.write(f"\n{erasure_table(list(erasure(demo, *chosen)))}\n")
+        scores = with_the_papers_rule(list(decisions(demo, *chosen, arguments.statistic)))
+        sys.stdout.write(f"{table(scores)}\n\n{table_by_kind(scores)}\n")
+        if arguments.json:
+            arguments.json.write_text(json.dumps([vars(score) for score in scores], indent=1))
 
 
 if __name__ == "__main__":

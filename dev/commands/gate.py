@@ -1,4 +1,4 @@
-"""`python3 dev gate`: how well the gate tells the erased concepts from everything else, and how well it then erases."""
+"""`python3 dev gate`: how well the gate tells the erased concepts from everything else."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from dev.inside import run_inside
 from dev.report import Progress
 
 SUMMARY = "measure the gate over the demo model's ten concepts"
-EXTRA = (
-    "other arguments: --set paper|selective, --part decisions erasure, --pictures N, --seed N, --look-at N, --json FILE"
-)
+EXTRA = "other arguments: --set paper|selective, --pictures N, --seed N, --look-at N, --json FILE"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
