@@ -82,7 +82,8 @@ class Look:
         """Predicts what is wanted and not there yet."""
         missing = {(subject.key, adapter): (subject, adapter) for subject, adapter in wanted}
         missing = {key: one for key, one in missing.items() if key not in self._predicted}
-        together = len(missing) if self.context.run.batchable else 1
+        # with memory low no more at once than guided sampling itself, which takes two
+        together = len(missing) if self.context.run.batchable else 2
         keys = list(missing)
         for start in range(0, len(keys), max(1, together)):
             part = keys[start : start + together]
