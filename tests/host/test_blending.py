@@ -6,6 +6,7 @@ one Euler step is affine in the blend, so that weight -1 gives 2 * merged - base
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -206,6 +207,24 @@ def test_weight_one_is_the_base_model_bit_for_bit(workflow, golden_model, golden
     expected = workflow(golden_model, encode, control_net)
     assert torch.equal(workflow(fixed(golden_model, golden_lora, 1.0), encode, control_net), expected)
     assert expected.isfinite().all()
+
+
+@named
+def test_a_watched_run_that_finds_nothing_is_the_base_model_bit_for_bit(
+    workflow, golden_model, golden_lora, encode, control_net
+):
+    """It is looked at on the way, with the concept's prompt, against a threshold that nothing reaches."""
+    gating, deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
+    lora = dataclasses.replace(golden_lora, concept=encode(THIRD), neutral=encode(""))
+    settings = deciding.ProbeSettings(statistic="alignment", threshold=100.0)
+    reports: list[Any] = []
+    gate = gating.Gate(gating.TRAJECTORY, settings)
+    watched = gating.guided(golden_model, (lora,), gate, observer=reports.append)
+    assert torch.equal(workflow(watched, encode, control_net), workflow(golden_model, encode, control_net))
+    (outcome,) = reports[-1].outcomes
+    assert reports[-1].evaluations["adapted"] == 0
+    assert outcome.decisions
+    assert not any(decision.detected for decision in outcome.decisions)
 
 
 @named
