@@ -27,10 +27,10 @@ class DeclareOperators(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname == "torchvision":
             sys.meta_path.remove(self)
-            import torch.library
+            from torch import library
 
             for name, schema in OPERATORS:
-                torch.library.define(name, schema)
+                library.define(name, schema)
         return None
 
 
