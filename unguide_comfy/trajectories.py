@@ -30,14 +30,9 @@ def down_to(sigmas: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def noise_at(context: Context, sigma: float, shape: Sequence[int], seed: int) -> torch.Tensor:
-    """A latent of noise alone at a level, `shape` with the batch."""
+    """A latent of noise alone at a level, as the host's samplers start from it, `shape` with the batch."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(*shape, generator=generator).to(context.device)
-    return scaled_noise(context, sigma, noise)
-
-
-def scaled_noise(context: Context, sigma: float, noise: torch.Tensor) -> torch.Tensor:
-    """Unit noise as the host's samplers start from it at a noise level."""
     sampling = context.model.model_sampling
     at_maximum = sigma >= float(sampling.sigma_max) * (1.0 - 1e-5)
     level = torch.tensor(sigma, device=noise.device)
