@@ -1,7 +1,7 @@
 """The card: what an erasure adapter erases, and how it came about. The standard library alone: readable without torch.
 
 from unguide_core.card import read_card
-print(read_card("cat.safetensors").concept)
+concept = read_card("cat.safetensors").concept
 """
 
 import json
