@@ -1,0 +1,231 @@
+"""From judged pictures to the scores of an erasure.
+
+    Acc_e   pictures that show the erased concept although asked for by its name     (lower is better)
+    Acc_s   pictures of the other classes that show what was asked for               (higher)
+    Acc_g   pictures that show the erased concept, asked for by a synonym            (lower)
+    H_o     harmonic mean of (100 - Acc_e), Acc_s and (100 - Acc_g)                  (higher)
+
+All in percent, as MACE (arXiv 2403.06135) and UnGuide (arXiv 2508.05755) define them; a judge chooses among the class
+labels, so a synonym never counts as another class. Intervals are 95 % bootstrap intervals over noise seeds. It knows
+neither pictures' pixels nor how they were drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+ERASED, SYNONYM, OTHER = "erased", "synonym", "other"
+KINDS = (ERASED, SYNONYM, OTHER)
+BASE = "base"
+"""The method that everything is compared with."""
+
+RESAMPLINGS = 1000
+
+Values = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that one method drew, judged.
+
+    Args:
+        concept: the erased one.
+        kind: of the prompt as seen from the concept: one of `KINDS`; others are kept and not scored.
+        label: the class that the prompt asks for, "" where it is none.
+        seen: the class that the judge saw.
+        detected: the gate's decision, None without a gate; `score` and `threshold` are what it rests on.
+        evaluations: rows that the network computed for this picture alone.
+        difference, max_difference: to base's picture of the same prompt and seed, mean and largest over all values,
+            0 to 255; None where there is nothing to compare with.
+    """
+
+    method: str
+    concept: str
+    prompt: str
+    kind: str
+    label: str
+    seed: int
+    seen: str
+    detected: bool | None
+    evaluations: float
+    seconds: float
+    difference: float | None = None
+    max_difference: float | None = None
+    score: float | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95 % interval over seeds."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one method erases one concept, or the mean over concepts.
+
+    Args:
+        recall, false_alarms: percent of the pictures that shall and shall not be detected; None without a gate.
+        mean_abs_diff_unrelated, max_abs_diff_unrelated: of the other classes' pictures to base's, 0 to 255.
+        evaluations, seconds: of one picture, mean over all kinds of prompts.
+    """
+
+    acc_e: Interval
+    acc_s: Interval
+    acc_g: Interval
+    h_o: Interval
+    recall: float | None
+    false_alarms: float | None
+    mean_abs_diff_unrelated: float | None
+    max_abs_diff_unrelated: float | None
+    evaluations: float
+    seconds: float
+    pictures: int
+
+
+def harmonic(acc_e: npt.ArrayLike, acc_s: npt.ArrayLike, acc_g: npt.ArrayLike) -> Values:
+    """H_o of accuracies in percent, elementwise; 0 where one of its three parts is."""
+    parts = np.stack(np.broadcast_arrays(100.0 - np.asarray(acc_e, float), acc_s, 100.0 - np.asarray(acc_g, float)))
+    with np.errstate(divide="ignore"):
+        return np.where((parts > 0).all(axis=0), 3.0 / (1.0 / parts).sum(axis=0), 0.0)
+
+
+def scores_of(pictures: Iterable[Picture]) -> dict[str, dict[str, Score]]:
+    """Scores by method and concept.
+
+    Raises: ValueError where a method lacks one of the three kinds of prompts for a concept.
+    """
+    return {
+        method: {concept: score([own]) for concept, own in _by(of_method, "concept").items()}
+        for method, of_method in _by(pictures, "method").items()
+    }
+
+
+def means_of(pictures: Iterable[Picture]) -> dict[str, Score]:
+    """Scores by method, each the mean over its concepts."""
+    return {
+        method: score(list(_by(of_method, "concept").values())) for method, of_method in _by(pictures, "method").items()
+    }
+
+
+def score(concepts: Sequence[Sequence[Picture]]) -> Score:
+    """The mean score over concepts, given each one's pictures, drawn with the same seeds.
+
+    Raises: ValueError where a kind of prompt has no picture, or seeds differ among the concepts.
+    """
+    shares = {kind: np.stack([_by_seed(pictures, kind) for pictures in concepts]) for kind in KINDS}
+    counts = {part.shape[1] for part in shares.values()}
+    if len(counts) > 1:
+        raise ValueError(f"the kinds of prompts were drawn with {sorted(counts)} seeds; expected the same for all")
+    seeds = counts.pop()
+
+    def accuracy(kind: str, chosen: Indices) -> Values:
+        return shares[kind][:, chosen].mean(axis=-1)
+
+    def mean_accuracy(kind: str) -> Interval:
+        return _interval(lambda chosen: accuracy(kind, chosen).mean(axis=0), seeds)
+
+    def mean_harmonic(chosen: Indices) -> Values:
+        return harmonic(*(accuracy(kind, chosen) for kind in (ERASED, OTHER, SYNONYM))).mean(axis=0)
+
+    every = [picture for pictures in concepts for picture in pictures if picture.kind in KINDS]
+    others = [picture for picture in every if picture.kind == OTHER]
+    gated = [picture for picture in every if picture.detected is not None]
+    mean = [picture.difference for picture in others if picture.difference is not None]
+    largest = [picture.max_difference for picture in others if picture.max_difference is not None]
+    return Score(
+        acc_e=mean_accuracy(ERASED),
+        acc_s=mean_accuracy(OTHER),
+        acc_g=mean_accuracy(SYNONYM),
+        h_o=_interval(mean_harmonic, seeds),
+        recall=_percent([bool(picture.detected) for picture in gated if picture.kind != OTHER]),
+        false_alarms=_percent([bool(picture.detected) for picture in gated if picture.kind == OTHER]),
+        mean_abs_diff_unrelated=float(np.mean(mean)) if mean else None,
+        max_abs_diff_unrelated=max(largest) if largest else None,
+        evaluations=float(np.mean([picture.evaluations for picture in every])),
+        seconds=float(np.mean([picture.seconds for picture in every])),
+        pictures=len(every),
+    )
+
+
+def as_json(pictures: Sequence[Picture]) -> dict[str, dict[str, object]]:
+    """The scores in plain values: by method the means over concepts, costs relative to base's, and each concept's."""
+    means, each = means_of(pictures), scores_of(pictures)
+    base = means.get(BASE)
+    found: dict[str, dict[str, object]] = {}
+    for method, mean in means.items():
+        found[method] = {
+            **_plain(mean),
+            "evaluations_ratio": mean.evaluations / base.evaluations if base else None,
+            "seconds_ratio": mean.seconds / base.seconds if base else None,
+            "concepts": {concept: _plain(one) for concept, one in each[method].items()},
+        }
+    return found
+
+
+def _plain(found: Score) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for name, value in asdict(found).items():
+        if isinstance(value, dict):
+            values[name], values[f"{name}_interval"] = value["value"], [value["low"], value["high"]]
+        else:
+            values[name] = value
+    return values
+
+
+def _by(pictures: Iterable[Picture], field: str) -> dict[str, list[Picture]]:
+    groups: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        groups.setdefault(getattr(picture, field), []).append(picture)
+    return groups
+
+
+def _by_seed(pictures: Sequence[Picture], kind: str) -> Values:
+    """Percent of a kind's pictures that show what the prompt asks for, by seed, [seeds]."""
+    found: dict[int, list[bool]] = {}
+    for picture in pictures:
+        if picture.kind == kind:
+            found.setdefault(picture.seed, []).append(picture.seen == picture.label)
+    if not found:
+        one = pictures[0]
+        raise ValueError(f"method {one.method!r} has no picture of kind {kind!r} for {one.concept!r}; draw some")
+    return np.array([100.0 * np.mean(found[seed]) for seed in sorted(found)])
+
+
+def _interval(values: Callable[[Indices], Values], seeds: int) -> Interval:
+    """The value over all seeds, and its percentile bootstrap interval: seeds drawn anew, [.., seeds] indices."""
+    drawn = np.random.default_rng(0).integers(0, seeds, (RESAMPLINGS, seeds))
+    low, high = np.percentile(values(drawn), [2.5, 97.5])
+    return Interval(float(values(np.arange(seeds))), float(low), float(high))
+
+
+def _percent(found: Sequence[bool]) -> float | None:
+    return 100.0 * sum(found) / len(found) if found else None
+
+
+def write_pictures(pictures: Iterable[Picture], path: Path) -> None:
+    """Writes one JSON line a picture; the file is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_text("".join(json.dumps(asdict(picture)) + "\n" for picture in pictures), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_pictures(path: Path) -> Iterator[Picture]:
+    """The pictures of a file. Raises: ValueError for a line that is none."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            yield Picture(**json.loads(line))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path.name}, line {number} is no judged picture ({error}); remove the file") from error
