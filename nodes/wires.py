@@ -68,7 +68,7 @@ def gate_inputs() -> list[Any]:
             "on_detection",
             options=list(ON_DETECTION),
             default=GATE.on_detection,
-            tooltip="In the gate mode 'trajectory', when the concept is found: continue erasing from the next step on, "
+            tooltip="In the gate mode 'trajectory', when the concept is found: continue erasing from that step on, "
             "or restart the picture from the first step.",
         ),
         advanced(
