@@ -26,7 +26,7 @@ HEADS = (
     ("others identical", "other pictures that are the base model's, bit for bit"),
     ("others differ by", "mean (largest) difference of the other pictures' values to the base model's, 0 to 255"),
     ("evaluations", "UNet evaluations an image, relative to the base model"),
-    ("time", "seconds an image, relative to the base model, one picture at a time"),
+    ("time", "seconds an image, relative to the base model, drawn by itself"),
 )
 
 

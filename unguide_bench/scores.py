@@ -179,7 +179,7 @@ def as_json(pictures: Sequence[Picture]) -> dict[str, dict[str, object]]:
         found[method] = {
             **_plain(mean),
             "evaluations_ratio": mean.evaluations / base.evaluations if base else None,
-            "seconds_ratio": mean.seconds / base.seconds if base else None,
+            "seconds_ratio": mean.seconds / base.seconds if base and base.seconds else None,
             "must_name_a_class": {name: getattr(closest[method], name).value for name in ACCURACIES},
             "concepts": {concept: _plain(one) for concept, one in each[method].items()},
         }

@@ -6,8 +6,9 @@ Base's pictures are drawn first, once a class; everything else is compared with 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dev.benchmark.methods import alone, gate, gated, methods
 from dev.benchmark.studio import LOOK_AT, STEPS, Drawing, Studio, judged, studio
 from unguide_bench.scores import BASE, ERASED, OTHER, SYNONYM, Picture, read_pictures, write_pictures
 
-TIMES = 2
+TIMINGS, TIMES = "timings.json", 5
 ATTACKS, ATTACK_SEEDS = "attacks", 8
 LOOK_AGAIN = 3
 """Steps between the looks of a gate that looks again."""
@@ -111,19 +112,13 @@ def draw_cell(plan: Plan, method: str, concept: str) -> None:
     studio_, records, first = studio(), [], {}
     draw = methods()[method]
     with torch.inference_mode():
-        prompts = asked(concept, plan.concepts)
-        seconds = {
-            kind: _seconds(studio_, draw, concept, next(a.prompt for a in prompts if a.kind == kind), plan.seeds[0])
-            for kind in (ERASED, OTHER)
-        }
-        for one in prompts:
+        for one in asked(concept, plan.concepts):
             base = base_pictures(plan, one.label)
             if method == BASE:
                 drawing = Drawing(torch.from_numpy(base[f"{one.prompt} latents"]), rows=2.0 * STEPS)
             else:
                 drawing = draw(studio_, concept, one.prompt, plan.seeds)
-            spent = seconds[OTHER if one.kind == OTHER else ERASED]
-            found, pictures = records_of(studio_, method, concept, one, plan.seeds, drawing, base, spent)
+            found, pictures = records_of(studio_, method, concept, one, plan.seeds, drawing, base)
             records += found
             first[one.prompt] = pictures[0]
     _write(plan.file(method, concept).with_suffix(".npz"), first)
@@ -165,7 +160,7 @@ def _attacked(
     studio_: Studio, method: str, concept: str, attack: str, trial: Trial, seeds: Sequence[int], drawing: Drawing
 ) -> list[Picture]:
     asked_for = Asked(trial.text, attack, concept)
-    return records_of(studio_, method, concept, asked_for, seeds, drawing, {}, 0.0)[0]
+    return records_of(studio_, method, concept, asked_for, seeds, drawing, {})[0]
 
 
 def records_of(
@@ -176,7 +171,6 @@ def records_of(
     seeds: Sequence[int],
     drawing: Drawing,
     base: dict[str, Any],
-    seconds: float,
 ) -> tuple[list[Picture], Any]:
     """The judged pictures of one prompt, and the pictures, uint8 [B, 64, 64, 3]."""
     import numpy as np
@@ -197,7 +191,7 @@ def records_of(
                 seen,
                 drawing.detected[i] if drawing.detected else None,
                 drawing.rows,
-                seconds,
+                0.0,
                 None if apart is None else float(apart.mean()),
                 None if apart is None else float(apart.max()),
                 None if latents is None else drawing.latents[i].numpy().tobytes() == latents[i].tobytes(),
@@ -218,9 +212,34 @@ def first_pictures(plan: Plan, method: str, concept: str) -> dict[str, Any]:
 
 
 def done(plan: Plan, method: str, concept: str) -> list[Picture]:
-    """A finished cell's pictures; none of an unfinished one."""
-    path = plan.file(method, concept)
-    return list(read_pictures(path)) if path.exists() else []
+    """A finished cell's pictures, with the seconds that were timed for their method; none of an unfinished one."""
+    path, timed = plan.file(method, concept), plan.folder / TIMINGS
+    seconds = json.loads(timed.read_text()).get(method, {}) if timed.exists() else {}
+    found = read_pictures(path) if path.exists() else ()
+    return [replace(p, seconds=seconds.get(OTHER if p.kind == OTHER else ERASED, 0.0)) for p in found]
+
+
+def time_methods(plan: Plan, chosen: Sequence[str], concept: str, other: str) -> None:
+    """Times one picture of each method by itself, with the concept and without, while nothing else is drawn.
+
+    All take turns, several times; the shortest time counts.
+    """
+    import torch
+
+    path = plan.folder / TIMINGS
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if set(chosen) <= set(known):
+        return
+    draws, prompts = methods(), {ERASED: photo(concept), OTHER: photo(other)}
+    found: dict[str, dict[str, float]] = {method: dict.fromkeys(prompts, math.inf) for method in chosen}
+    with torch.inference_mode():
+        for _ in range(TIMES):
+            for method in chosen:
+                for kind, prompt in prompts.items():
+                    started = time.perf_counter()
+                    draws[method](studio(), concept, prompt, plan.seeds[:1])
+                    found[method][kind] = min(found[method][kind], time.perf_counter() - started)
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def base_done(plan: Plan, klass: str) -> bool:
@@ -229,17 +248,6 @@ def base_done(plan: Plan, klass: str) -> bool:
 
 def _base_file(plan: Plan, klass: str) -> Path:
     return plan.folder / "cells" / f"{klass}.npz"
-
-
-def _seconds(studio_: Studio, draw: Callable[..., Any], concept: str, prompt: str, seed: int) -> float:
-    """What one picture by itself takes, the shortest of several times: other processes share the machine."""
-
-    def once() -> float:
-        started = time.perf_counter()
-        draw(studio_, concept, prompt, [seed])
-        return time.perf_counter() - started
-
-    return min(once() for _ in range(TIMES))
 
 
 def _write(path: Path, arrays: dict[str, Any]) -> None:

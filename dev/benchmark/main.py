@@ -82,6 +82,7 @@ def run(
         tasks |= {f"{c}: {ATTACKS}": pool.submit(cells.draw_attacks, plan, c) for c in waiting}
         _each("concepts and methods", tasks)
         found = compared.result()
+        pool.submit(cells.time_methods, plan, chosen, *plan.concepts[:2]).result()
     judged = [picture for m in chosen for c in concepts for picture in cells.done(plan, m, c)]
     return judged, [picture for c in attacked for picture in cells.done(plan, ATTACKS, c)], found
 
