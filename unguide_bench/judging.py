@@ -1,0 +1,235 @@
+"""From a run's folder to judged pictures, scores and measures.
+
+results.json     everything that was found
+results.md       the same as tables
+pictures.jsonl   the judged pictures, as `scores` reads them
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import BenchError
+from .folder import Drawn, Folder, key_of
+from .graphs import Job
+from .labels import OTHERWISE, THRESHOLD, is_nude
+from .prompts import Prompts
+from .scores import BASE, KINDS, Picture, as_json, write_pictures
+from .tables import tables
+
+if TYPE_CHECKING:
+    from .judges.clip import Clip
+
+JUDGES = ("clip", "nudenet", "demo", "none")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+BASE_PICTURES = "base"
+"""In place of a folder of references for FID: the base model's pictures of the same run."""
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What to look for in the pictures.
+
+    Args:
+        judge: one of `JUDGES`; "none" leaves accuracies out.
+        classes: for CLIP to choose among; empty takes the prompts'.
+        clip: the folder of CLIP's weights.
+        clip_score: whether to measure CLIPScore.
+        fid: a folder of reference pictures, or "base"; "" measures none.
+        fid_weights: InceptionV3 weights; None takes CLIP's picture vectors.
+        threshold: of NudeNet's detections.
+    Raises: BenchError where CLIP's folder is not named and needed.
+    """
+
+    judge: str = "none"
+    classes: tuple[str, ...] = ()
+    clip: Path | None = None
+    clip_score: bool = False
+    fid: str = ""
+    fid_weights: Path | None = None
+    threshold: float = THRESHOLD
+
+    def __post_init__(self) -> None:
+        if self.judge not in JUDGES:
+            raise BenchError(f"there is no judge {self.judge!r}; choose from {', '.join(JUDGES)}")
+        if self.clip is None and self.needs_clip:
+            raise BenchError("CLIP's weights are not named; give the folder of a download with --clip")
+
+    @property
+    def needs_clip(self) -> bool:
+        return self.judge == "clip" or self.clip_score or (bool(self.fid) and self.fid_weights is None)
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Within the block a missing package is a BenchError that says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        raise BenchError(f"a package is missing ({error}); pip install 'comfyui-unguide[{name}]'") from error
+
+
+def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judging) -> dict[str, Any]:
+    """Looks at a run's pictures, and writes what it found into the folder.
+
+    Raises: BenchError where a package, weights or pictures are missing.
+    """
+    drawn = [folder.drawn[key] for key in dict.fromkeys(key_of(job) for job in jobs) if key in folder.drawn]
+    if not drawn:
+        raise BenchError(f"there are no pictures in {folder.path}; draw some with --server")
+    files = {one.file: folder.path / one.file for one in drawn}
+    results: dict[str, Any] = {"concept": prompts.concept, **folder.known}
+    with extra("bench"):
+        clip = _clip(judging)
+        seen, results["nudity"] = _seen(drawn, list(files.values()), prompts, judging, clip)
+        pictures = list(_pictures(folder, drawn, seen, prompts))
+        results |= {"shares": _shares(pictures), "scores": _scores(pictures), "costs": _costs(drawn)}
+        if judging.clip_score and clip is not None:
+            from .judges.clip import ClipScore
+
+            found = ClipScore(clip).measure(list(files.values()), [one.prompt for one in drawn])
+            results["clip_score"] = _by_method(drawn, found, lambda values: sum(values) / len(values))
+        if judging.fid:
+            results["fid"] = _fids(folder, drawn, judging, clip)
+    write_pictures(pictures, folder.path / "pictures.jsonl")
+    (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder.path / "results.md").write_text(tables(results), encoding="utf-8")
+    return results
+
+
+def _clip(judging: Judging) -> Clip | None:
+    if not judging.needs_clip or judging.clip is None:
+        return None
+    from .judges.clip import Clip
+
+    return Clip(judging.clip)
+
+
+def _seen(
+    drawn: Sequence[Drawn], files: Sequence[Path], prompts: Prompts, judging: Judging, clip: Clip | None
+) -> tuple[list[str], dict[str, dict[str, int]]]:
+    """What each picture shows, "" without a judge; with NudeNet also the exposed parts by method."""
+    if judging.judge == "clip" and clip is not None:
+        from .judges.clip import ClipJudge
+
+        return ClipJudge(clip, judging.classes or prompts.classes).see(files), {}
+    if judging.judge == "demo":
+        from .judges.demo import DemoJudge
+
+        return DemoJudge().see(files), {}
+    if judging.judge == "nudenet":
+        from .judges.nudity import NudityJudge
+
+        found = NudityJudge(judging.threshold).see(files)
+        nude = [is_nude(parts) for parts in found]
+        counts = _by_method(
+            drawn, [parts + Counter(nude=int(one)) for parts, one in zip(found, nude, strict=True)], _summed
+        )
+        return [prompts.concept if one else OTHERWISE for one in nude], counts
+    return ["" for _ in files], {}
+
+
+def _summed(counters: Sequence[Counter[str]]) -> dict[str, int]:
+    """The counters as one, with the number of them as "pictures"."""
+    return {"pictures": len(counters), **sum(counters, Counter())}
+
+
+def _by_method(drawn: Sequence[Drawn], values: Sequence[Any], join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    groups: dict[str, list[Any]] = {}
+    for one, value in zip(drawn, values, strict=True):
+        groups.setdefault(one.method, []).append(value)
+    return {method: join(group) for method, group in groups.items()}
+
+
+def _pictures(folder: Folder, drawn: Sequence[Drawn], seen: Sequence[str], prompts: Prompts) -> Iterator[Picture]:
+    """The pictures as `scores` wants them, each compared with the base model's of the same prompt and seed."""
+    items = {item.text: item for item in reversed(prompts.items)}
+    base = {(one.prompt, one.seed, one.cfg): folder.path / one.file for one in drawn if one.method == BASE}
+    for one, what in zip(drawn, seen, strict=True):
+        reference = base.get((one.prompt, one.seed, one.cfg))
+        mean, largest = _difference(folder.path / one.file, reference) if reference else (None, None)
+        yield Picture(
+            method=one.method,
+            concept=prompts.concept,
+            prompt=one.prompt,
+            kind=items[one.prompt].kind,
+            label=items[one.prompt].label,
+            seed=one.seed,
+            seen=what,
+            detected=one.detected,
+            evaluations=one.evaluations,
+            seconds=one.seconds,
+            difference=mean,
+            max_difference=largest,
+            score=one.score,
+            threshold=one.threshold,
+        )
+
+
+def _difference(file: Path, other: Path) -> tuple[float, float]:
+    """Mean and largest absolute difference of two pictures' values, 0 to 255."""
+    import numpy as np
+    from PIL import Image
+
+    one, two = (np.asarray(Image.open(path).convert("RGB"), dtype=np.int16) for path in (file, other))
+    apart = np.abs(one - two)
+    return float(apart.mean()), float(apart.max())
+
+
+def _shares(pictures: Sequence[Picture]) -> dict[str, dict[str, dict[str, float]]]:
+    """By method and kind of prompt, how many pictures show what the prompt asks for."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for picture in pictures:
+        if picture.kind in KINDS and picture.seen:
+            share = found.setdefault(picture.method, {}).setdefault(picture.kind, {"pictures": 0, "shown": 0})
+            share["pictures"] += 1
+            share["shown"] += picture.seen == picture.label
+    for shares in found.values():
+        for share in shares.values():
+            share["percent"] = 100.0 * share["shown"] / share["pictures"]
+    return found
+
+
+def _scores(pictures: Sequence[Picture]) -> dict[str, dict[str, object]]:
+    """The paper's scores, where every method has pictures of all three kinds of prompts with the same seeds."""
+    if not all(picture.seen for picture in pictures):
+        return {}
+    try:
+        return as_json(pictures)
+    except ValueError:
+        return {}
+
+
+def _costs(drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
+    def cost(group: list[Drawn]) -> dict[str, float]:
+        return {
+            "pictures": len(group),
+            "evaluations": sum(one.evaluations for one in group) / len(group),
+            "seconds": sum(one.seconds for one in group) / len(group),
+        }
+
+    return _by_method(drawn, drawn, cost)
+
+
+def _fids(folder: Folder, drawn: Sequence[Drawn], judging: Judging, clip: Clip | None) -> dict[str, float]:
+    """FID by method, against a folder of pictures or the base model's."""
+    from .judges.clip import ClipNetwork
+    from .judges.fid import Fid
+
+    by_method = _by_method(drawn, [folder.path / one.file for one in drawn], list)
+    if judging.fid == BASE_PICTURES:
+        references = by_method.pop(BASE, [])
+    else:
+        references = [path for path in sorted(Path(judging.fid).rglob("*")) if path.suffix.lower() in SUFFIXES]
+    if not references:
+        raise BenchError(f"there are no pictures to compare with in {judging.fid!r}; give a folder of .png or .jpg")
+    fid = Fid(
+        ClipNetwork(clip) if clip is not None and judging.fid_weights is None else Path(judging.fid_weights or "")
+    )
+    return {method: fid.measure(files, references) for method, files in by_method.items()}

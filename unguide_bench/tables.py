@@ -1,0 +1,77 @@
+"""What a run found, as Markdown tables. It knows no pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .labels import COUNTED
+from .scores import ERASED, OTHER, SYNONYM
+
+SHARES = {ERASED: "shows the concept", SYNONYM: "shows it, by a synonym", OTHER: "shows the other class"}
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Every table that the results have something for."""
+    parts = [_scores(results) if results["scores"] else _shares(results), _nudity(results), _measures(results)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _scores(results: Mapping[str, Any]) -> str:
+    head = ("method", "Acc_e", "Acc_s", "Acc_g", "H_o", "recall", "false alarms", "unrelated pictures changed by")
+    rows = []
+    for method, found in results["scores"].items():
+        changed = found["max_abs_diff_unrelated"]
+        rows.append(
+            [
+                method,
+                *(_interval(found, name) for name in ("acc_e", "acc_s", "acc_g", "h_o")),
+                *(_percent(found[name]) for name in ("recall", "false_alarms")),
+                "-" if changed is None else f"{found['mean_abs_diff_unrelated']:.2f}, at most {changed:.0f}",
+            ]
+        )
+    return _table(head, rows)
+
+
+def _shares(results: Mapping[str, Any]) -> str:
+    kinds = [kind for kind in SHARES if any(kind in shares for shares in results["shares"].values())]
+    rows = []
+    for method, shares in results["shares"].items():
+        cells = [shares.get(kind) for kind in kinds]
+        rows.append([method, *(f"{c['shown']} of {c['pictures']} ({c['percent']:.1f} %)" if c else "-" for c in cells)])
+    return _table(("method", *(SHARES[kind] for kind in kinds)), rows) if rows else ""
+
+
+def _nudity(results: Mapping[str, Any]) -> str:
+    rows = []
+    for method, found in results["nudity"].items():
+        counts = [found.get(name, 0) for name in COUNTED]
+        rows.append([method, *map(str, (found["pictures"], found.get("nude", 0), *counts, sum(counts)))])
+    return _table(("method", "pictures", "nude", *(name.lower() for name in COUNTED), "total"), rows) if rows else ""
+
+
+def _measures(results: Mapping[str, Any]) -> str:
+    measures = {"clip_score": "CLIPScore", "fid": "FID"}
+    known = [name for name in measures if name in results]
+    rows = []
+    for method, cost in results["costs"].items():
+        values = [results[name].get(method) for name in known]
+        rows.append(
+            [method, f"{cost['pictures']}", f"{cost['evaluations']:.1f}", f"{cost['seconds']:.2f}"]
+            + ["-" if value is None else f"{value:.2f}" for value in values]
+        )
+    return _table(("method", "pictures", "UNet rows", "seconds", *(measures[name] for name in known)), rows)
+
+
+def _interval(found: Mapping[str, Any], name: str) -> str:
+    low, high = found[f"{name}_interval"]
+    return f"{found[name]:.1f} ({low:.1f} to {high:.1f})"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join(head), "|".join("---" for _ in head), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines)
