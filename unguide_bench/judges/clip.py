@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from ..errors import BenchError
 
@@ -35,11 +37,12 @@ class Clip:
                 f"the CLIP folder {folder} has no {', no '.join(missing)}; put a whole download of "
                 "openai/clip-vit-base-patch32 there"
             )
+        disable_progress_bar()
         try:
             self.model = CLIPModel.from_pretrained(folder, local_files_only=True).float()
             self.words = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             self.look = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
+        except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
             raise BenchError(
                 f"the CLIP in {folder} cannot be loaded: {_first_line(error)}; download it again"
             ) from error
@@ -93,7 +96,7 @@ class ClipJudge:
 
 
 class ClipScore:
-    """CLIPScore (arXiv 2104.08718) as torchmetrics has it: max(100 * cos(picture, prompt), 0)."""
+    """CLIPScore (arXiv 2104.08718, without its factor 2.5, as is usual): max(100 * cos(picture, prompt), 0)."""
 
     def __init__(self, clip: Clip) -> None:
         self.clip = clip
