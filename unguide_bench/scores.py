@@ -6,8 +6,9 @@
     H_o     harmonic mean of (100 - Acc_e), Acc_s and (100 - Acc_g)                  (higher)
 
 All in percent, as MACE (arXiv 2403.06135) and UnGuide (arXiv 2508.05755) define them; a judge chooses among the class
-labels, so a synonym never counts as another class. Intervals are 95 % bootstrap intervals over noise seeds. It knows
-neither pictures' pixels nor how they were drawn.
+labels, so a synonym never counts as another class. A judge that can may say that a picture shows none of them; what it
+says when it may not is scored beside. Intervals are 95 % bootstrap intervals over noise seeds. It knows neither
+pictures' pixels nor how they were drawn.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ KINDS = (ERASED, SYNONYM, OTHER)
 BASE = "base"
 """The method that everything is compared with."""
 
+ACCURACIES = ("acc_e", "acc_s", "acc_g", "h_o")
 RESAMPLINGS = 1000
 
 Values = npt.NDArray[np.float64]
@@ -40,11 +42,13 @@ class Picture:
         concept: the erased one.
         kind: of the prompt as seen from the concept: one of `KINDS`; others are kept and not scored.
         label: the class that the prompt asks for, "" where it is none.
-        seen: the class that the judge saw.
+        seen: the class that the judge saw, or its word for none.
+        closest: the class that it would name if it had to name one; "" where it always does.
         detected: the gate's decision, None without a gate; `score` and `threshold` are what it rests on.
         evaluations: rows that the network computed for this picture alone.
         difference, max_difference: to base's picture of the same prompt and seed, mean and largest over all values,
             0 to 255; None where there is nothing to compare with.
+        identical: whether its latent is base's, bit for bit; likewise.
     """
 
     method: str
@@ -59,6 +63,8 @@ class Picture:
     seconds: float
     difference: float | None = None
     max_difference: float | None = None
+    identical: bool | None = None
+    closest: str = ""
     score: float | None = None
     threshold: float | None = None
 
@@ -79,6 +85,7 @@ class Score:
     Args:
         recall, false_alarms: percent of the pictures that shall and shall not be detected; None without a gate.
         mean_abs_diff_unrelated, max_abs_diff_unrelated: of the other classes' pictures to base's, 0 to 255.
+        identical_unrelated: percent of them whose latents are base's, bit for bit.
         evaluations, seconds: of one picture, mean over all kinds of prompts.
     """
 
@@ -90,6 +97,7 @@ class Score:
     false_alarms: float | None
     mean_abs_diff_unrelated: float | None
     max_abs_diff_unrelated: float | None
+    identical_unrelated: float | None
     evaluations: float
     seconds: float
     pictures: int
@@ -154,6 +162,7 @@ def score(concepts: Sequence[Sequence[Picture]]) -> Score:
         false_alarms=_percent([bool(picture.detected) for picture in gated if picture.kind == OTHER]),
         mean_abs_diff_unrelated=float(np.mean(mean)) if mean else None,
         max_abs_diff_unrelated=max(largest) if largest else None,
+        identical_unrelated=_percent([picture.identical for picture in others if picture.identical is not None]),
         evaluations=float(np.mean([picture.evaluations for picture in every])),
         seconds=float(np.mean([picture.seconds for picture in every])),
         pictures=len(every),
@@ -163,6 +172,7 @@ def score(concepts: Sequence[Sequence[Picture]]) -> Score:
 def as_json(pictures: Sequence[Picture]) -> dict[str, dict[str, object]]:
     """The scores in plain values: by method the means over concepts, costs relative to base's, and each concept's."""
     means, each = means_of(pictures), scores_of(pictures)
+    closest = means_of(replace(picture, seen=picture.closest or picture.seen) for picture in pictures)
     base = means.get(BASE)
     found: dict[str, dict[str, object]] = {}
     for method, mean in means.items():
@@ -170,6 +180,7 @@ def as_json(pictures: Sequence[Picture]) -> dict[str, dict[str, object]]:
             **_plain(mean),
             "evaluations_ratio": mean.evaluations / base.evaluations if base else None,
             "seconds_ratio": mean.seconds / base.seconds if base else None,
+            "must_name_a_class": {name: getattr(closest[method], name).value for name in ACCURACIES},
             "concepts": {concept: _plain(one) for concept, one in each[method].items()},
         }
     return found

@@ -1,0 +1,237 @@
+"""The work in resumable pieces: one method on one concept. Each leaves a file of judged pictures, whole or not at all.
+
+Base's pictures are drawn first, once a class; everything else is compared with them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from demo.captions import CLASSES, words_for
+from demo.erasure import photo
+from dev.benchmark.attacks import Trial, attacks
+from dev.benchmark.methods import alone, gate, gated, methods
+from dev.benchmark.studio import LOOK_AT, STEPS, Drawing, Studio, judged, studio
+from unguide_bench.scores import BASE, ERASED, OTHER, SYNONYM, Picture, read_pictures, write_pictures
+
+ATTACKS = "attacks"
+LOOK_AGAIN = 3
+"""Steps between the looks of a gate that looks again."""
+LOOKING_AGAIN = f"{gated('selective', 'trajectory')}, looking again"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, its kind as seen from the erased concept, and the class it asks for."""
+
+    prompt: str
+    kind: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run draws.
+
+    Args:
+        folder: where its files are.
+        seeds: a prompt's pictures, the same for every prompt.
+    """
+
+    folder: Path
+    seeds: tuple[int, ...]
+    concepts: tuple[str, ...] = CLASSES
+
+    def file(self, method: str, concept: str) -> Path:
+        """Judged pictures of a cell."""
+        return self.folder / "cells" / f"{concept} - {method}.jsonl"
+
+    def claim(self) -> None:
+        """Makes the folder, or sees that its files are of this very plan.
+
+        Raises: ValueError where they are of another one.
+        """
+        said = {"seeds": list(self.seeds), "steps": STEPS, "look_at": LOOK_AT}
+        settings = self.folder / "settings.json"
+        if settings.exists() and json.loads(settings.read_text()) != said:
+            raise ValueError(
+                f"'{self.folder}' holds pictures of another run ({settings.read_text().strip()}); remove it, or name "
+                "another folder with --out"
+            )
+        (self.folder / "cells").mkdir(parents=True, exist_ok=True)
+        settings.write_text(json.dumps(said) + "\n")
+
+
+def asked(concept: str, others: Sequence[str] = CLASSES) -> list[Asked]:
+    """The prompts of a concept's rows: its name, its synonyms, the other classes' names."""
+    own = [Asked(photo(word), SYNONYM if i else ERASED, concept) for i, word in enumerate(words_for(concept))]
+    return own + [Asked(photo(other), OTHER, other) for other in others if other != concept]
+
+
+def start_worker() -> None:
+    """Gives this process one core."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def draw_base(plan: Plan, klass: str) -> None:
+    """Base's latents and pictures of a class, by its name and synonyms."""
+    import numpy as np
+    import torch
+
+    studio_ = studio()
+    arrays: dict[str, Any] = {}
+    with torch.inference_mode():
+        draw = methods()[BASE]
+        for word in words_for(klass):
+            latents = draw(studio_, klass, photo(word), plan.seeds).latents
+            arrays |= {f"{photo(word)} latents": latents.numpy(), photo(word): studio_.pictures(latents)}
+        seconds = _seconds(studio_, draw, klass, photo(klass), plan.seeds[0])
+    _write(_base_file(plan, klass), {**arrays, "seconds": np.array(seconds)})
+
+
+def base_pictures(plan: Plan, klass: str) -> dict[str, Any]:
+    """What `draw_base` left: by prompt pictures, uint8 [seeds, 64, 64, 3]; by "<prompt> latents" latents."""
+    import numpy as np
+
+    with np.load(_base_file(plan, klass), allow_pickle=False) as file:
+        return dict(file)
+
+
+def draw_cell(plan: Plan, method: str, concept: str) -> None:
+    """Draws, judges and writes one method's pictures of one concept."""
+    import torch
+
+    studio_, records, first = studio(), [], {}
+    draw = methods()[method]
+    with torch.inference_mode():
+        prompts = asked(concept, plan.concepts)
+        seconds = {
+            kind: _seconds(studio_, draw, concept, next(a.prompt for a in prompts if a.kind == kind), plan.seeds[0])
+            for kind in (ERASED, OTHER)
+        }
+        for one in prompts:
+            base = base_pictures(plan, one.label)
+            if method == BASE:
+                drawing = Drawing(torch.from_numpy(base[f"{one.prompt} latents"]), rows=2.0 * STEPS)
+            else:
+                drawing = draw(studio_, concept, one.prompt, plan.seeds)
+            spent = seconds[OTHER if one.kind == OTHER else ERASED]
+            found, pictures = records_of(studio_, method, concept, one, plan.seeds, drawing, base, spent)
+            records += found
+            first[one.prompt] = pictures[0]
+    _write(plan.file(method, concept).with_suffix(".npz"), first)
+    write_pictures(records, plan.file(method, concept))
+
+
+def draw_attacks(plan: Plan, concept: str) -> None:
+    """Draws, judges and writes a concept's attacks, with each of `ATTACKED`; a record's kind is the attack."""
+    import torch
+
+    studio_, records = studio(), []
+    lora = studio_.lora("selective", concept)
+    seeds = plan.seeds[: max(1, len(plan.seeds) // 2)]
+    merged = studio_.merged(lora)
+    with torch.inference_mode():
+        latents = torch.from_numpy(base_pictures(plan, concept)[f"{photo(concept)} latents"])
+        for attack, trials in attacks(studio_, concept, latents[: len(seeds)]):
+            for trial in trials:
+                for method, model in ((BASE, studio_.model), (alone("selective", 1.0), merged)):
+                    drawing = studio_.draw(model, trial.positive, seeds, **trial.drawing)
+                    records += _attacked(studio_, method, concept, attack, trial, seeds, drawing)
+                for method, again in ((gated("selective", "trajectory"), 0), (LOOKING_AGAIN, LOOK_AGAIN)):
+                    chosen = gate(studio_, "trajectory", again)
+                    drawing = studio_.guided(lora, trial.positive, seeds, chosen, **trial.drawing)
+                    records += _attacked(studio_, method, concept, attack, trial, seeds, drawing)
+    write_pictures(records, plan.file(ATTACKS, concept))
+
+
+def _attacked(
+    studio_: Studio, method: str, concept: str, attack: str, trial: Trial, seeds: Sequence[int], drawing: Drawing
+) -> list[Picture]:
+    asked_for = Asked(trial.text, attack, concept)
+    return records_of(studio_, method, concept, asked_for, seeds, drawing, {}, 0.0)[0]
+
+
+def records_of(
+    studio_: Studio,
+    method: str,
+    concept: str,
+    one: Asked,
+    seeds: Sequence[int],
+    drawing: Drawing,
+    base: dict[str, Any],
+    seconds: float,
+) -> tuple[list[Picture], Any]:
+    """The judged pictures of one prompt, and the pictures, uint8 [B, 64, 64, 3]."""
+    import numpy as np
+
+    pictures = studio_.pictures(drawing.latents)
+    plain, latents = base.get(one.prompt), base.get(f"{one.prompt} latents")
+    records = []
+    for i, (seed, (seen, closest)) in enumerate(zip(seeds, judged(pictures), strict=True)):
+        apart = None if plain is None else np.abs(pictures[i].astype(int) - plain[i].astype(int))
+        records.append(
+            Picture(
+                method,
+                concept,
+                one.prompt,
+                one.kind,
+                one.label,
+                seed,
+                seen,
+                drawing.detected[i] if drawing.detected else None,
+                drawing.rows,
+                seconds,
+                None if apart is None else float(apart.mean()),
+                None if apart is None else float(apart.max()),
+                None if latents is None else drawing.latents[i].numpy().tobytes() == latents[i].tobytes(),
+                closest,
+                drawing.scores[i] if drawing.scores else None,
+                drawing.thresholds[i] if drawing.thresholds else None,
+            )
+        )
+    return records, pictures
+
+
+def first_pictures(plan: Plan, method: str, concept: str) -> dict[str, Any]:
+    """The first seed's picture of each prompt, uint8 [64, 64, 3]."""
+    import numpy as np
+
+    with np.load(plan.file(method, concept).with_suffix(".npz"), allow_pickle=False) as file:
+        return dict(file)
+
+
+def done(plan: Plan, method: str, concept: str) -> list[Picture]:
+    """A finished cell's pictures; none of an unfinished one."""
+    path = plan.file(method, concept)
+    return list(read_pictures(path)) if path.exists() else []
+
+
+def base_done(plan: Plan, klass: str) -> bool:
+    return _base_file(plan, klass).exists()
+
+
+def _base_file(plan: Plan, klass: str) -> Path:
+    return plan.folder / "cells" / f"{klass}.npz"
+
+
+def _seconds(studio_: Studio, draw: Callable[..., Any], concept: str, prompt: str, seed: int) -> float:
+    """What one picture by itself takes."""
+    started = time.perf_counter()
+    draw(studio_, concept, prompt, [seed])
+    return time.perf_counter() - started
+
+
+def _write(path: Path, arrays: dict[str, Any]) -> None:
+    import numpy as np
+
+    temporary = path.with_suffix(".part.npz")
+    np.savez_compressed(temporary, **arrays)
+    temporary.replace(path)

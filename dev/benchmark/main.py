@@ -1,0 +1,103 @@
+"""Runs the benchmark: what is left of the cells, one process a core, then scores and report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from demo.captions import CLASSES
+from dev.benchmark import cells
+from dev.benchmark.agreement import agreement
+from dev.benchmark.cells import ATTACKS, Plan
+from dev.benchmark.methods import NEGATIVE, REPLACED, SETS, alone, gated, methods
+from unguide_bench.report import Report, write_report
+from unguide_bench.scores import BASE, Picture, as_json
+
+FIRST_SEED = 500_000
+"""Seeds from here on served for nothing else: neither training, nor calibration, nor tuning."""
+SEEDS, QUICK_SEEDS = 20, 3
+QUICK = (BASE, NEGATIVE, REPLACED, alone("selective", 1.0), *(gated(kind, "trajectory") for kind in SETS))
+BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python3 dev benchmark")
+    found.add_argument("--out", type=Path, help="folder of pictures and report; what is there is not drawn again")
+    found.add_argument("--json", type=Path, help="where to write the scores")
+    found.add_argument("--markdown", type=Path, help="a document whose table is replaced, such as docs/benchmark.md")
+    found.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds, {len(QUICK)} methods, no attacks")
+    found.add_argument("--seeds", type=int, help=f"pictures a prompt (default: {SEEDS})")
+    found.add_argument("--method", nargs="+", choices=methods(), help="only these, and base")
+    found.add_argument("--concept", nargs="+", choices=CLASSES, default=CLASSES, help="erase only these")
+    found.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
+    return found
+
+
+def main() -> None:
+    options = parser().parse_args()
+    name = "benchmark_output/quick" if options.quick else "benchmark_output/full"
+    seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
+    plan = Plan(options.out or Path(name), tuple(range(FIRST_SEED, FIRST_SEED + seeds)))
+    chosen = [BASE, *(options.method or (QUICK if options.quick else methods()))]
+    attacked = [] if options.quick or options.method else list(options.concept)
+    try:
+        plan.claim()
+        found = run(plan, list(dict.fromkeys(chosen)), list(options.concept), attacked, options.jobs)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    report = Report(
+        pictures=found[0],
+        attacks=found[1],
+        agreement=found[2],
+        grids=lambda concept, method: cells.first_pictures(plan, method, concept),
+    )
+    summary = write_report(report, plan.folder)
+    sys.stdout.write(f"{summary}\n\nThe whole report: {plan.folder / 'report.html'}\n")
+    if options.json:
+        content = {"seeds": seeds, "agreement": found[2], "methods": as_json(found[0])}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    if options.markdown:
+        before, rest = options.markdown.read_text().split(BEGIN)
+        options.markdown.write_text(f"{before}{BEGIN}\n\n{summary}\n\n{END}{rest.split(END)[1]}")
+
+
+def run(
+    plan: Plan, chosen: list[str], concepts: list[str], attacked: list[str], jobs: int
+) -> tuple[list[Picture], list[Picture], dict[str, float]]:
+    """Draws what is not there yet. Returns the judged pictures, the attacks', and how wide and narrow model agree."""
+    with ProcessPoolExecutor(jobs, get_context("spawn"), cells.start_worker) as pool:
+        classes = [klass for klass in plan.concepts if not cells.base_done(plan, klass)]
+        _each("the base model", {klass: pool.submit(cells.draw_base, plan, klass) for klass in classes})
+        compared = pool.submit(agreement)
+        left = [(m, c) for m in chosen for c in concepts if not plan.file(m, c).exists()]
+        tasks = {f"{c}: {m}": pool.submit(cells.draw_cell, plan, m, c) for m, c in left}
+        waiting = [c for c in attacked if not plan.file(ATTACKS, c).exists()]
+        tasks |= {f"{c}: {ATTACKS}": pool.submit(cells.draw_attacks, plan, c) for c in waiting}
+        _each("concepts and methods", tasks)
+        found = compared.result()
+    judged = [picture for m in chosen for c in concepts for picture in cells.done(plan, m, c)]
+    return judged, [picture for c in attacked for picture in cells.done(plan, ATTACKS, c)], found
+
+
+def _each(what: str, tasks: dict[str, Future[Any]], clock: Callable[[], float] = time.monotonic) -> None:
+    """Waits for tasks, and says how far they are; the first failure ends the others."""
+    names, started = {task: name for name, task in tasks.items()}, clock()
+    try:
+        for number, task in enumerate(as_completed(names), start=1):
+            task.result()
+            left = (clock() - started) * (len(tasks) / number - 1)
+            sys.stderr.write(f"{what}: {number} of {len(tasks)}, {left / 60:.0f} min left ({names[task]})\n")
+    finally:
+        for task in tasks.values():
+            task.cancel()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The ways to erase a concept that are compared, each from a prompt and seeds to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dev.benchmark.studio import LOOK_AT, STEPS, Drawing, Studio
+from unguide_bench.scores import BASE
+
+Method = Callable[[Studio, str, str, Sequence[int]], Drawing]
+"""Draws: studio, the erased concept, the prompt, seeds."""
+
+SETS = ("paper", "selective")
+STRENGTHS = (0.5, 1.0, 2.0)
+MODES = ("official", "probe", "trajectory")
+NEGATIVE, REPLACED = "negative prompt", "replaced prompt"
+OFFICIAL_REPEATS, OFFICIAL_LOOK_AT = 10, 2
+"""As the research code: ten noises, a look after a fifth of the steps."""
+
+
+def gated(kind: str, mode: str) -> str:
+    """The name of UnGuide with a set of erasure LoRAs in a gate mode."""
+    return f"UnGuide {mode} ({kind})"
+
+
+def alone(kind: str, strength: float) -> str:
+    """The name of a LoRA without a gate."""
+    return f"LoRA {strength:g} ({kind})"
+
+
+def methods() -> dict[str, Method]:
+    """Every method by name."""
+    found: dict[str, Method] = {BASE: draw_base, NEGATIVE: draw_negative, REPLACED: draw_replaced}
+    for kind in SETS:
+        found |= {alone(kind, strength): _alone(kind, strength) for strength in STRENGTHS}
+        found |= {gated(kind, mode): _gated(kind, mode) for mode in MODES}
+    return found
+
+
+def draw_base(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
+    """The model as it is."""
+    return studio.draw(studio.model, studio.encode(prompt), seeds)
+
+
+def draw_negative(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
+    """The concept's own prompt as the negative one, always."""
+    from demo.erasure import photo
+
+    return studio.draw(studio.model, studio.encode(prompt), seeds, negative=studio.encode(photo(concept)))
+
+
+def draw_replaced(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
+    """The gate's decision, and where it finds the concept the reference prompt from the first step on, by the base."""
+    import torch
+
+    from demo.erasure import REFERENCES, photo
+
+    lora, positive = studio.lora("selective", concept), studio.encode(prompt)
+    look = studio.guided(lora, positive, seeds, gate(studio, "trajectory"), steps=LOOK_AT + 1)
+    parts = {
+        False: studio.draw(studio.model, positive, seeds),
+        True: studio.draw(studio.model, studio.encode(photo(REFERENCES[concept])), seeds),
+    }
+    latents = torch.stack([parts[found].latents[i] for i, found in enumerate(look.detected)])
+    rows = parts[False].rows + 1 + 2 * LOOK_AT * sum(look.detected) / len(seeds)
+    return replace(look, latents=latents, rows=rows)
+
+
+def gate(studio: Studio, mode: str, look_again: int = 0) -> Any:
+    """A gate with the settings that all methods share."""
+    official = mode == "official"
+    settings = studio.deciding.ProbeSettings(
+        probe_steps=OFFICIAL_LOOK_AT if official else LOOK_AT,
+        schedule_steps=STEPS,
+        **({"repeats": OFFICIAL_REPEATS} if official else {}),
+    )
+    return studio.gating.Gate(mode, settings, look_again=look_again)
+
+
+def _alone(kind: str, strength: float) -> Method:
+    def draw(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
+        return studio.draw(studio.merged(studio.lora(kind, concept, strength)), studio.encode(prompt), seeds)
+
+    return draw
+
+
+def _gated(kind: str, mode: str) -> Method:
+    def draw(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
+        return studio.guided(studio.lora(kind, concept), studio.encode(prompt), seeds, gate(studio, mode))
+
+    return draw

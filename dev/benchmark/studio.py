@@ -1,0 +1,203 @@
+"""Draws and judges pictures of the demo model with ComfyUI's own samplers, a prompt and many seeds at a time.
+
+It knows no method of erasure and no score.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+from dev.narrow_host import load_narrow_model, narrow_lora
+from dev.pack import pack_module, start_host
+
+CHECKPOINT = "unguide-demo.safetensors"
+CFG, STEPS, SAMPLER, SCHEDULER = 4.0, 12, "euler", "normal"
+LOOK_AT = 1
+"""The step after which gates look: a tenth of the schedule, as with the nodes' defaults, rounded down."""
+LATENT = (4, 8, 8)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What one prompt's pictures are, one a seed.
+
+    Args:
+        latents: [B, 4, 8, 8].
+        rows: that the network computed for a picture alone.
+        detected, scores, thresholds: a gate's, by picture; empty without one.
+    """
+
+    latents: Any
+    rows: float
+    detected: tuple[bool, ...] = ()
+    scores: tuple[float, ...] = ()
+    thresholds: tuple[float, ...] = ()
+
+
+class Studio:
+    """The demo model and its erasure LoRAs in the host of this process.
+
+    Args:
+        wide: draw with the shipped checkpoint instead of its narrow twin, eight times slower.
+    """
+
+    def __init__(self, wide: bool = False) -> None:
+        start_host()
+        import torch
+
+        import nodes
+
+        logging.getLogger().setLevel(logging.WARNING)
+        torch.set_flush_denormal(True)
+        self.wide = wide
+        self.checkpoint, self.clip, _ = nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)  # type: ignore[attr-defined]  # ComfyUI's nodes, not ours
+        self.model = self.checkpoint if wide else load_narrow_model()
+        self.gating, self.deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
+        self.loras: dict[tuple[str, str, float], Any] = {}
+        self.encoded: dict[str, Any] = {}
+
+    @cached_property
+    def decoder(self) -> Any:
+        from demo.seed import load_vae
+
+        return load_vae()[1]
+
+    def encode(self, prompt: str) -> Any:
+        """A prompt's CONDITIONING."""
+        if prompt not in self.encoded:
+            self.encoded[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+        return self.encoded[prompt]
+
+    def lora(self, kind: str, concept: str, strength: float = 1.0) -> Any:
+        """An erasure LoRA of a set, for the studio's model."""
+        key = kind, concept, strength
+        if key not in self.loras:
+            load = pack_module("unguide_comfy.erasure").load_erasure_lora
+            lora = load(f"unguide-demo/{kind}/{concept}.safetensors", strength, self.clip)
+            self.loras[key] = lora if self.wide else narrow_lora(lora, self.model)
+        return self.loras[key]
+
+    def merged(self, lora: Any) -> Any:
+        """A clone of the model with a LoRA merged by the host, as its own LoRA loader does it."""
+        import comfy.sd
+        import torch
+
+        patches = {
+            f"{name}.{part}": tensor
+            for name, layer in lora.adapter.layers.items()
+            for part, tensor in {
+                "lora_down.weight": layer.down,
+                "lora_up.weight": layer.up,
+                "alpha": torch.tensor(layer.scale * layer.rank),
+            }.items()
+        }
+        return comfy.sd.load_lora_for_models(self.model, None, patches, lora.strength, 0.0)[0]
+
+    def noise(self, seeds: Sequence[int]) -> Any:
+        """The host's noise for each seed, as a batch of one would start from, [B, 4, 8, 8]."""
+        import comfy.sample
+        import torch
+
+        return torch.cat([comfy.sample.prepare_noise(torch.zeros(1, *LATENT), seed) for seed in seeds])
+
+    def draw(
+        self,
+        model: Any,
+        positive: Any,
+        seeds: Sequence[int],
+        *,
+        negative: Any = None,
+        noise: Any = None,
+        latent: Any = None,
+        denoise: float = 1.0,
+        steps: int = STEPS,
+    ) -> Drawing:
+        """Samples one picture a seed with ComfyUI's sampler.
+
+        Args:
+            positive, negative: CONDITIONING; the empty prompt where there is no negative one.
+            noise, latent: to start from, [B, 4, 8, 8]; else the seeds' own noise and an empty latent.
+            denoise: share of the schedule, as KSampler's.
+            steps: of the schedule that are sampled.
+        """
+        import comfy.sample
+        import torch
+        from comfy.patcher_extension import WrappersMP
+
+        counted, rows = model.clone(), 0
+
+        def count(executor: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal rows
+            rows += x.shape[0]
+            return executor(x, *args, **kwargs)
+
+        counted.add_wrapper(WrappersMP.DIFFUSION_MODEL, count)
+        noise = self.noise(seeds) if noise is None else noise
+        latents = comfy.sample.sample(
+            counted,
+            noise,
+            STEPS,
+            CFG,
+            SAMPLER,
+            SCHEDULER,
+            positive,
+            self.encode("") if negative is None else negative,
+            torch.zeros_like(noise) if latent is None else latent,
+            denoise=denoise,
+            last_step=steps if steps < STEPS else None,
+            disable_pbar=True,
+            seed=seeds[0],
+        )
+        return Drawing(latents, rows / len(noise))
+
+    def guided(self, lora: Any, positive: Any, seeds: Sequence[int], gate: Any, **drawing: Any) -> Drawing:
+        """The same behind a gate. Decisions for a whole batch, and what they cost, count for every picture of it."""
+        reports: list[Any] = []
+        found = self.draw(
+            self.gating.guided(self.model, [lora], gate, observer=reports.append), positive, seeds, **drawing
+        )
+        (report,) = reports
+        (outcome,) = report.outcomes
+        decisions = outcome.decisions
+        shared = len(decisions) < len(seeds)
+        again = report.evaluations["probe"] * (len(seeds) - 1) if shared else 0.0
+        decisions = tuple(decisions) * (len(seeds) if shared else 1)
+        return replace(
+            found,
+            rows=found.rows + again,
+            detected=tuple(decision.detected for decision in decisions),
+            scores=tuple(decision.score for decision in decisions),
+            thresholds=tuple(decision.threshold for decision in decisions),
+        )
+
+    def pictures(self, latents: Any) -> Any:
+        """Latents decoded, uint8 [B, 64, 64, 3]."""
+        import torch
+
+        from demo.seed import VAE_SCALE
+
+        decoded = torch.cat([self.decoder(part * VAE_SCALE) for part in latents.float().split(20)]).clamp(0, 1)
+        return (decoded.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+
+
+def judged(pictures: Any) -> list[tuple[str, str]]:
+    """What each picture shows, and which of the ten classes it is nearest to.
+
+    The judge may see "other". A scene must be nearest to something: of the ten, a desert is nearest to a bird.
+    """
+    from demo.captions import CLASSES
+    from demo.classifier import LABELS, classify
+
+    found = classify(pictures)
+    nearest = found[:, : len(CLASSES)].argmax(dim=-1).tolist()
+    return [(LABELS[i], CLASSES[j]) for i, j in zip(found.argmax(dim=-1).tolist(), nearest, strict=True)]
+
+
+@lru_cache(maxsize=2)
+def studio(wide: bool = False) -> Studio:
+    """This process's studio."""
+    return Studio(wide)

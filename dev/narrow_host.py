@@ -1,0 +1,74 @@
+"""The demo model at its narrow width inside the host: the shipped checkpoint's function at a fraction of the work.
+
+The shipped UNet is the narrow one with every channel copied five times (`demo.seed`). Here the host's own SD 1.5 class
+runs the narrow weights, so that its samplers, wrappers and LoRA patches do what they do with the checkpoint, to fp32
+summation (`python3 dev benchmark` compares the two on every run). For measurements of many thousands of pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from dev.pack import pack_module
+
+
+def load_narrow_model() -> Any:
+    """A `ModelPatcher` of the host's SD 1.5 class at width 64, fp32, on the host's device.
+
+    Latents, noise levels and prompts are those of the shipped checkpoint.
+    """
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+    import torch
+
+    from demo.seed import narrow_unet_state_dict
+    from demo.unet import CHANNEL_MULT, CONTEXT_DIM, HEADS, NARROW_WIDTH
+
+    device = comfy.model_management.get_torch_device()
+    config = comfy.supported_models.SD15(
+        {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": NARROW_WIDTH,
+            "channel_mult": CHANNEL_MULT,
+            "num_res_blocks": [1] * len(CHANNEL_MULT),
+            "transformer_depth": [1] * len(CHANNEL_MULT),
+            "transformer_depth_output": [1] * 2 * len(CHANNEL_MULT),
+            "transformer_depth_middle": 1,
+            "use_spatial_transformer": True,
+            "use_linear_in_transformer": False,
+            "use_temporal_attention": False,
+            "adm_in_channels": None,
+            "context_dim": CONTEXT_DIM,
+            "num_heads": HEADS,
+            "num_head_channels": -1,
+            "legacy": False,
+            "dtype": torch.float32,
+        }
+    )
+    config.set_inference_dtype(torch.float32, None)
+    weights = {f"model.diffusion_model.{name}": value for name, value in narrow_unet_state_dict().items()}
+    model = config.get_model(weights, "model.diffusion_model.", device=device)
+    model.load_model_weights(weights, "model.diffusion_model.")
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+def narrow_lora(lora: Any, model: Any) -> Any:
+    """An `ErasureLora` of the shipped checkpoint for the narrow model.
+
+    Its card's calibration holds there too, the prediction being the same: it is given the narrow model's and adapter's
+    keys.
+    """
+    from demo.erasure import PREFIX, narrowed
+
+    layers = {f"{PREFIX}{name}": layer for name, layer in narrowed(lora.adapter).items()}
+    narrow = replace(lora, adapter=replace(lora.adapter, layers=layers))
+    keys = {
+        "model": pack_module("unguide_comfy.identity").model_key(model),
+        "adapter": narrow.calibration_key,
+    }
+    card = replace(lora.adapter.card, calibration={**lora.adapter.card.calibration, **keys})
+    return replace(narrow, adapter=replace(narrow.adapter, card=card))
