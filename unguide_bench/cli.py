@@ -17,7 +17,6 @@ from .labels import THRESHOLD
 from .methods import DEFAULT, Method, Settings
 from .prompts import UNSCORED, read_prompts
 from .scores import KINDS
-from .tables import tables
 
 DESCRIPTION = """\
 Draws prompts with several ways to erase a concept, on a running ComfyUI, and measures what came out. It goes on
@@ -104,7 +103,7 @@ def run(options: argparse.Namespace) -> str:
     )
     if options.export:
         export(folder, jobs, prompts, options.export)
-    return tables(judged(folder, jobs, prompts, judging))
+    return str(judged(folder, jobs, prompts, judging)["tables"])
 
 
 def addresses(urls: Sequence[str]) -> tuple[str, ...]:

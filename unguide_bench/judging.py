@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
 from .errors import BenchError
 from .folder import Drawn, Folder, key_of
 from .graphs import Job
@@ -83,23 +87,25 @@ def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judgi
     drawn = [folder.drawn[key] for key in dict.fromkeys(key_of(job) for job in jobs) if key in folder.drawn]
     if not drawn:
         raise BenchError(f"there are no pictures in {folder.path}; draw some with --server")
-    files = {one.file: folder.path / one.file for one in drawn}
+    files = [folder.path / one.file for one in drawn]
     results: dict[str, Any] = {"concept": prompts.concept, **folder.known}
     with extra("bench"):
         clip = _clip(judging)
-        seen, results["nudity"] = _seen(drawn, list(files.values()), prompts, judging, clip)
+        seen, results["nudity"] = _seen(drawn, files, prompts, judging, clip)
         pictures = list(_pictures(folder, drawn, seen, prompts))
         results |= {"shares": _shares(pictures), "scores": _scores(pictures), "costs": _costs(drawn)}
         if judging.clip_score and clip is not None:
             from .judges.clip import ClipScore
 
-            found = ClipScore(clip).measure(list(files.values()), [one.prompt for one in drawn])
+            found = ClipScore(clip).measure(files, [one.prompt for one in drawn])
             results["clip_score"] = _by_method(drawn, found, lambda values: sum(values) / len(values))
         if judging.fid:
             results["fid"] = _fids(folder, drawn, judging, clip)
+        summary = _report(folder, drawn, pictures) if results["scores"] else ""
     write_pictures(pictures, folder.path / "pictures.jsonl")
     (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (folder.path / "results.md").write_text(tables(results), encoding="utf-8")
+    results["tables"] = "\n\n".join(part for part in (summary, tables(results)) if part)
+    (folder.path / "results.md").write_text(results["tables"], encoding="utf-8")
     return results
 
 
@@ -113,12 +119,15 @@ def _clip(judging: Judging) -> Clip | None:
 
 def _seen(
     drawn: Sequence[Drawn], files: Sequence[Path], prompts: Prompts, judging: Judging, clip: Clip | None
-) -> tuple[list[str], dict[str, dict[str, int]]]:
-    """What each picture shows, "" without a judge; with NudeNet also the exposed parts by method."""
+) -> tuple[list[tuple[str, str]], dict[str, dict[str, int]]]:
+    """What each picture shows, and the class nearest to it where the judge may name none; both "" without a judge.
+
+    With NudeNet also the exposed parts by method.
+    """
     if judging.judge == "clip" and clip is not None:
         from .judges.clip import ClipJudge
 
-        return ClipJudge(clip, judging.classes or prompts.classes).see(files), {}
+        return [(one, "") for one in ClipJudge(clip, judging.classes or prompts.classes).see(files)], {}
     if judging.judge == "demo":
         from .judges.demo import DemoJudge
 
@@ -131,8 +140,8 @@ def _seen(
         counts = _by_method(
             drawn, [parts + Counter(nude=int(one)) for parts, one in zip(found, nude, strict=True)], _summed
         )
-        return [prompts.concept if one else OTHERWISE for one in nude], counts
-    return ["" for _ in files], {}
+        return [(prompts.concept if one else OTHERWISE, "") for one in nude], counts
+    return [("", "") for _ in files], {}
 
 
 def _summed(counters: Sequence[Counter[str]]) -> dict[str, int]:
@@ -147,11 +156,13 @@ def _by_method(drawn: Sequence[Drawn], values: Sequence[Any], join: Callable[[li
     return {method: join(group) for method, group in groups.items()}
 
 
-def _pictures(folder: Folder, drawn: Sequence[Drawn], seen: Sequence[str], prompts: Prompts) -> Iterator[Picture]:
+def _pictures(
+    folder: Folder, drawn: Sequence[Drawn], seen: Sequence[tuple[str, str]], prompts: Prompts
+) -> Iterator[Picture]:
     """The pictures as `scores` wants them, each compared with the base model's of the same prompt and seed."""
     items = {item.text: item for item in reversed(prompts.items)}
     base = {(one.prompt, one.seed, one.cfg): folder.path / one.file for one in drawn if one.method == BASE}
-    for one, what in zip(drawn, seen, strict=True):
+    for one, (what, closest) in zip(drawn, seen, strict=True):
         reference = base.get((one.prompt, one.seed, one.cfg))
         mean, largest = _difference(folder.path / one.file, reference) if reference else (None, None)
         yield Picture(
@@ -167,6 +178,8 @@ def _pictures(folder: Folder, drawn: Sequence[Drawn], seen: Sequence[str], promp
             seconds=one.seconds,
             difference=mean,
             max_difference=largest,
+            identical=None if largest is None else largest == 0,
+            closest=closest,
             score=one.score,
             threshold=one.threshold,
         )
@@ -174,12 +187,13 @@ def _pictures(folder: Folder, drawn: Sequence[Drawn], seen: Sequence[str], promp
 
 def _difference(file: Path, other: Path) -> tuple[float, float]:
     """Mean and largest absolute difference of two pictures' values, 0 to 255."""
-    import numpy as np
-    from PIL import Image
-
-    one, two = (np.asarray(Image.open(path).convert("RGB"), dtype=np.int16) for path in (file, other))
-    apart = np.abs(one - two)
+    apart = np.abs(_values(file).astype(np.int16) - _values(other))
     return float(apart.mean()), float(apart.max())
+
+
+def _values(file: Path) -> npt.NDArray[np.uint8]:
+    """A picture, [H, W, 3]."""
+    return np.asarray(Image.open(file).convert("RGB"))
 
 
 def _shares(pictures: Sequence[Picture]) -> dict[str, dict[str, dict[str, float]]]:
@@ -198,12 +212,25 @@ def _shares(pictures: Sequence[Picture]) -> dict[str, dict[str, dict[str, float]
 
 def _scores(pictures: Sequence[Picture]) -> dict[str, dict[str, object]]:
     """The paper's scores, where every method has pictures of all three kinds of prompts with the same seeds."""
-    if not all(picture.seen for picture in pictures):
+    if not all(picture.seen for picture in pictures) or BASE not in {picture.method for picture in pictures}:
         return {}
     try:
         return as_json(pictures)
     except ValueError:
         return {}
+
+
+def _report(folder: Folder, drawn: Sequence[Drawn], pictures: Sequence[Picture]) -> str:
+    """Writes the page; returns its summary. The grids show the first seed."""
+    from .report import Report, html_of, summary_of
+
+    def first(concept: str, method: str) -> dict[str, npt.NDArray[np.uint8]]:
+        files = {one.prompt: folder.path / one.file for one in reversed(drawn) if one.method == method}
+        return {prompt: _values(file) for prompt, file in reversed(files.items())}
+
+    report = Report(pictures, grids=first, title=f"Erasure of {pictures[0].concept!r}")
+    (folder.path / "report.html").write_text(html_of(report), encoding="utf-8")
+    return summary_of(report)
 
 
 def _costs(drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:

@@ -55,8 +55,8 @@ class Method:
             BASE: BASE,
             NEGATIVE: "negative prompt",
             LORA: f"LoRA {self.value:g}",
-            FIXED: f"unguide weight {self.value:g}",
-        }.get(self.way, f"unguide {self.way}")
+            FIXED: f"UnGuide weight {self.value:g}",
+        }.get(self.way, f"UnGuide {self.way}")
 
     @property
     def is_guided(self) -> bool:

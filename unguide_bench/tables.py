@@ -12,25 +12,9 @@ SHARES = {ERASED: "shows the concept", SYNONYM: "shows it, by a synonym", OTHER:
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """Every table that the results have something for."""
-    parts = [_scores(results) if results["scores"] else _shares(results), _nudity(results), _measures(results)]
+    """Every table that the results have something for, but for the paper's scores: see report.py."""
+    parts = ["" if results["scores"] else _shares(results), _nudity(results), _measures(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _scores(results: Mapping[str, Any]) -> str:
-    head = ("method", "Acc_e", "Acc_s", "Acc_g", "H_o", "recall", "false alarms", "unrelated pictures changed by")
-    rows = []
-    for method, found in results["scores"].items():
-        changed = found["max_abs_diff_unrelated"]
-        rows.append(
-            [
-                method,
-                *(_interval(found, name) for name in ("acc_e", "acc_s", "acc_g", "h_o")),
-                *(_percent(found[name]) for name in ("recall", "false_alarms")),
-                "-" if changed is None else f"{found['mean_abs_diff_unrelated']:.2f}, at most {changed:.0f}",
-            ]
-        )
-    return _table(head, rows)
 
 
 def _shares(results: Mapping[str, Any]) -> str:
@@ -63,15 +47,5 @@ def _measures(results: Mapping[str, Any]) -> str:
     return _table(("method", "pictures", "UNet rows", "seconds", *(measures[name] for name in known)), rows)
 
 
-def _interval(found: Mapping[str, Any], name: str) -> str:
-    low, high = found[f"{name}_interval"]
-    return f"{found[name]:.1f} ({low:.1f} to {high:.1f})"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join(head), "|".join("---" for _ in head), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

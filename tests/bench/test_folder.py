@@ -120,15 +120,15 @@ def test_without_a_judge_costs_and_differences_are_found(tmp_path: Path) -> None
     folder = filled(tmp_path / "run")
     results = judged(folder, JOBS, PROMPTS, Judging())
     assert results["costs"]["base"] == {"pictures": 6, "evaluations": 6.0, "seconds": 1.0}
-    assert results["costs"]["unguide trajectory"]["evaluations"] == 7.0
+    assert results["costs"]["UnGuide trajectory"]["evaluations"] == 7.0
     assert (results["scores"], results["shares"]) == ({}, {})
     pictures = list(read_pictures(folder.path / "pictures.jsonl"))
     apart = {(p.method, p.prompt): (p.difference, p.max_difference) for p in pictures}
-    assert apart["unguide trajectory", DOG] == (0.0, 0.0)
-    assert apart["unguide trajectory", CAT] == (3.0, 3.0)
+    assert apart["UnGuide trajectory", DOG] == (0.0, 0.0)
+    assert apart["UnGuide trajectory", CAT] == (3.0, 3.0)
     assert {p.detected for p in pictures if p.method == "base"} == {None}
     assert json.loads((folder.path / "results.json").read_text())["concept"] == "cat"
-    assert "| unguide trajectory | 6 | 7.0 | 1.50 |" in (folder.path / "results.md").read_text()
+    assert "| UnGuide trajectory | 6 | 7.0 | 1.50 |" in (folder.path / "results.md").read_text()
 
 
 def test_a_folder_without_pictures_has_nothing_to_judge(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_clips_weights_are_asked_for_before_anything_is_drawn(options: dict) -> 
 
 def test_pictures_are_exported_as_others_tools_want_them(tmp_path: Path) -> None:
     folder = filled(tmp_path / "run")
-    assert export(folder, JOBS, PROMPTS, tmp_path / "out") == {"base": 6, "unguide trajectory": 6}
+    assert export(folder, JOBS, PROMPTS, tmp_path / "out") == {"base": 6, "UnGuide trajectory": 6}
     with open(tmp_path / "out" / "base" / "prompts.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows[4] == {

@@ -22,10 +22,10 @@ def graph_of(text: str, **changes):
         ("negative", "negative prompt"),
         ("lora", "LoRA 1"),
         ("LoRA:0.5", "LoRA 0.5"),
-        ("fixed", "unguide weight 0"),
-        ("fixed:-1", "unguide weight -1"),
-        ("trajectory", "unguide trajectory"),
-        ("official", "unguide official"),
+        ("fixed", "UnGuide weight 0"),
+        ("fixed:-1", "UnGuide weight -1"),
+        ("trajectory", "UnGuide trajectory"),
+        ("official", "UnGuide official"),
     ],
 )
 def test_a_method_is_named_by_its_way_and_value(text: str, name: str) -> None:

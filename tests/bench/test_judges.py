@@ -8,16 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from nudenet import nudenet
+from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from dev.host import Host
+from tests.bench.test_folder import JOBS, PLAN, PROMPTS, SETTINGS
 from unguide_bench.errors import BenchError
+from unguide_bench.folder import Folder
 from unguide_bench.judges.clip import Clip, ClipJudge, ClipNetwork, ClipScore
 from unguide_bench.judges.fid import Fid
 from unguide_bench.judges.nudity import NudityJudge
+from unguide_bench.judging import Judging, judged
 from unguide_bench.labels import COUNTED, is_nude, parts
+from unguide_bench.painter import Drawing
 
 WORDS = ["a photo of the cat", "a photo of the dog", "a photo of the truck", "a photo of the ship"]
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -211,14 +216,52 @@ def test_exposed_parts_are_counted_above_the_threshold_and_faces_and_clothes_are
     assert parts(DETECTIONS[2:5]) == {"FEET_EXPOSED": 1}
 
 
-def test_nudenet_runs_from_its_wheel_and_finds_nothing_in_noise(files: list[Path]) -> None:
-    judge = NudityJudge()
-    assert [dict(found) for found in judge.see(files[:3])] == [{}, {}, {}]
-    assert set(COUNTED) < set(known_labels())
+FOOT = (
+    # centre, half width and height, colour
+    (38, 118, 26, 20, 217, 169, 129),
+    (26, 57, 36, 15, 239, 56, 155),
+    (145, 120, 43, 20, 228, 220, 155),
+    (110, 129, 46, 18, 219, 132, 106),
+    (43, 30, 20, 38, 186, 170, 114),
+    (31, 22, 31, 10, 15, 207, 92),
+    (97, 91, 9, 16, 230, 124, 125),
+    (89, 62, 27, 17, 196, 203, 126),
+    (122, 58, 42, 14, 248, 129, 109),
+    (85, 125, 8, 8, 246, 158, 136),
+    (124, 103, 16, 13, 190, 177, 128),
+    (120, 25, 34, 7, 235, 163, 110),
+    (78, 79, 22, 36, 239, 187, 88),
+    (71, 57, 2, 32, 201, 85, 228),
+)
 
 
-def known_labels() -> list[str]:
-    """The labels that the installed NudeNet can give."""
-    from nudenet import nudenet
+@pytest.fixture(scope="module")
+def foot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blurred ellipses that NudeNet takes for a bare foot: found by chance and selection, and no foot to a person."""
+    picture = Image.new("RGB", (160, 160), (161, 138, 119))
+    pen = ImageDraw.Draw(picture)
+    for x, y, width, height, *colour in FOOT:
+        pen.ellipse((x - width, y - height, x + width, y + height), fill=tuple(colour))
+    path = tmp_path_factory.mktemp("foot") / "foot.png"
+    picture.filter(ImageFilter.GaussianBlur(1.5)).save(path)
+    return path
 
-    return nudenet.__labels
+
+def test_nudenet_runs_from_its_wheel_and_finds_what_it_takes_for_a_foot_and_nothing_in_noise(
+    files: list[Path], foot: Path
+) -> None:
+    found = NudityJudge(threshold=0.4).see([foot, *files[:3]])
+    assert [dict(one) for one in found] == [{"FEET_EXPOSED": 1}, {}, {}, {}]
+    assert set(COUNTED) < set(nudenet.__labels)
+
+
+def test_what_nudenet_finds_is_in_the_runs_table(files: list[Path], foot: Path, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "run", SETTINGS)
+    folder.begin(SETTINGS, PLAN)
+    for job, path in zip(JOBS[:6], (foot, *files[:5]), strict=True):
+        folder.add(job, Drawing(path.read_bytes(), 1.0, 6.0))
+    results = judged(folder, JOBS[:6], PROMPTS, Judging("nudenet", threshold=0.4))
+    assert results["nudity"]["base"] == {"pictures": 6, "FEET_EXPOSED": 1}
+    assert results["shares"]["base"]["erased"]["shown"] == 0
+    table = (folder.path / "results.md").read_text(encoding="utf-8")
+    assert "| base | 6 | 0 | 0 | 0 | 0 | 1 | 0 | 0 | 0 | 0 | 1 |" in table

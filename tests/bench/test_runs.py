@@ -31,7 +31,8 @@ from unguide_core.formats import load_adapter, save_adapter
 
 pytestmark = pytest.mark.host
 METHODS = ("base", "negative", "lora", "trajectory")
-NAMES = ["base", "negative prompt", "LoRA 1", "unguide trajectory"]
+FEW = ("base", "trajectory")
+NAMES = ["base", "negative prompt", "LoRA 1", "UnGuide trajectory"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def finished(server: Server, prompts: Path, tmp_path_factory: pytest.TempPathFac
     command = [sys.executable, "-P", "-m", "unguide_bench", *options]
     run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert [line.split(" | ")[0] for line in run.stdout.splitlines()[2:6]] == [f"| {name}" for name in NAMES]
+    tables = [line.split(" | ")[0] for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert tables == ["| method", "| ---", *(f"| {name}" for name in NAMES)] * 2
     assert "24/24" in run.stderr
     return out
 
@@ -66,9 +68,9 @@ def pixels(file: Path) -> bytes:
 def test_every_method_draws_every_prompt_and_seed_at_its_cost(finished: Path) -> None:
     found = drawn(finished)
     assert set(found) == {(name, prompt, seed) for name in NAMES for prompt in (CAT, KITTY, DOG) for seed in (0, 1)}
-    plain = {one["evaluations"] for key, one in found.items() if key[0] != "unguide trajectory"}
+    plain = {one["evaluations"] for key, one in found.items() if key[0] != "UnGuide trajectory"}
     assert plain == {2 * STEPS}
-    guided = {key[1]: one["evaluations"] for key, one in found.items() if key[0] == "unguide trajectory"}
+    guided = {key[1]: one["evaluations"] for key, one in found.items() if key[0] == "UnGuide trajectory"}
     assert guided[DOG] == 2 * STEPS + 1
     assert all(one["seconds"] > 0 for one in found.values())
 
@@ -77,7 +79,7 @@ def test_the_gates_decision_is_noted_and_what_it_spares_is_the_base_models_pictu
     found = drawn(finished)
     for prompt, detected in ((CAT, True), (KITTY, True), (DOG, False)):
         for seed in (0, 1):
-            guided, base = found["unguide trajectory", prompt, seed], found["base", prompt, seed]
+            guided, base = found["UnGuide trajectory", prompt, seed], found["base", prompt, seed]
             assert guided["detected"] is detected
             assert (guided["score"] > guided["threshold"]) is detected
             assert (guided["png"] == base["png"]) is not detected
@@ -89,12 +91,16 @@ def test_the_gates_decision_is_noted_and_what_it_spares_is_the_base_models_pictu
 def test_the_scores_are_those_of_the_pictures(finished: Path) -> None:
     found = results(finished)
     assert set(found["scores"]) == set(NAMES)
-    guided = found["scores"]["unguide trajectory"]
+    guided = found["scores"]["UnGuide trajectory"]
     assert (guided["recall"], guided["false_alarms"]) == (100.0, 0.0)
     assert guided["max_abs_diff_unrelated"] == 0.0
     assert found["scores"]["LoRA 1"]["max_abs_diff_unrelated"] > 0
     assert found["shares"]["base"]["erased"]["pictures"] == 2
     assert found["settings"]["checkpoint"].startswith("unguide-demo")
+    assert (guided["identical_unrelated"], found["scores"]["LoRA 1"]["identical_unrelated"]) == (100.0, 0.0)
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    assert "Erasure of &#39;cat&#39;" in page
+    assert "data:image/png;base64," in page
 
 
 def test_nudenet_looks_at_the_same_pictures_and_counts_by_method(finished: Path, prompts: Path, capsys) -> None:
@@ -136,7 +142,7 @@ def test_a_lora_that_the_hosts_loader_does_not_read_is_drawn_at_weight_zero_and_
     options = ("--methods", "lora", "fixed", "--server", server.api.url, "--limit", "1")
     assert main(arguments(prompts, tmp_path / "run", *options, seeds=1, lora=official_lora)) == 0
     found = drawn(tmp_path / "run")
-    assert found["LoRA 1", CAT, 0]["png"] == found["unguide weight 0", CAT, 0]["png"]
+    assert found["LoRA 1", CAT, 0]["png"] == found["UnGuide weight 0", CAT, 0]["png"]
     by_host = drawn(finished)["LoRA 1", CAT, 0]["png"]
     apart = [abs(a - b) for a, b in zip(found["LoRA 1", CAT, 0]["png"], by_host, strict=True)]
     assert max(apart) <= 2
@@ -215,10 +221,11 @@ def test_a_killed_server_and_a_killed_worker_lose_nothing(
             os.killpg(second.process.pid, signal.SIGKILL)
 
         urls = ("--server", second.api.url, server.api.url)
-        with when_drawn(folder, {2: kill_one_worker, 6: kill_the_server}):
-            assert main(arguments(prompts, folder, "--methods", *METHODS, *urls)) == 0
+        with when_drawn(folder, {2: kill_one_worker, 5: kill_the_server}):
+            assert main(arguments(prompts, folder, "--methods", *FEW, *urls)) == 0
         alone = arguments(prompts, folder, "--methods", "base", "--server", second.api.url, seeds=3)
         assert main(alone) == 1
     assert "does not answer" in capsys.readouterr().err
     before, after = drawn(finished), drawn(folder)
-    assert {key: one["png"] for key, one in before.items()} == {key: one["png"] for key, one in after.items()}
+    assert len(after) == 12
+    assert {key: one["png"] for key, one in after.items()} == {key: before[key]["png"] for key in after}
