@@ -24,7 +24,7 @@ from .folder import Drawn, Folder, key_of
 from .graphs import Job
 from .labels import OTHERWISE, THRESHOLD, is_nude
 from .prompts import Prompts
-from .scores import BASE, KINDS, Picture, as_json, write_pictures
+from .scores import BASE, ERASED, KINDS, SYNONYM, Picture, as_json, write_pictures
 from .tables import tables
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judgi
         clip = _clip(judging)
         seen, results["nudity"] = _seen(drawn, files, prompts, judging, clip)
         pictures = list(_pictures(folder, drawn, seen, prompts))
-        results |= {"shares": _shares(pictures), "scores": _scores(pictures), "costs": _costs(drawn)}
+        knows_others = judging.judge != "nudenet"
+        shares = _shares(pictures, KINDS if knows_others else (ERASED, SYNONYM))
+        results |= {"shares": shares, "scores": _scores(pictures) if knows_others else {}, "costs": _costs(drawn)}
         if judging.clip_score and clip is not None:
             from .judges.clip import ClipScore
 
@@ -196,11 +198,11 @@ def _values(file: Path) -> npt.NDArray[np.uint8]:
     return np.asarray(Image.open(file).convert("RGB"))
 
 
-def _shares(pictures: Sequence[Picture]) -> dict[str, dict[str, dict[str, float]]]:
+def _shares(pictures: Sequence[Picture], kinds: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
     """By method and kind of prompt, how many pictures show what the prompt asks for."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for picture in pictures:
-        if picture.kind in KINDS and picture.seen:
+        if picture.kind in kinds and picture.seen:
             share = found.setdefault(picture.method, {}).setdefault(picture.kind, {"pictures": 0, "shown": 0})
             share["pictures"] += 1
             share["shown"] += picture.seen == picture.label
@@ -212,12 +214,14 @@ def _shares(pictures: Sequence[Picture]) -> dict[str, dict[str, dict[str, float]
 
 def _scores(pictures: Sequence[Picture]) -> dict[str, dict[str, object]]:
     """The paper's scores, where every method has pictures of all three kinds of prompts with the same seeds."""
-    if not all(picture.seen for picture in pictures) or BASE not in {picture.method for picture in pictures}:
-        return {}
     try:
-        return as_json(pictures)
+        return as_json(pictures) if _has_base(pictures) and pictures[0].seen else {}
     except ValueError:
         return {}
+
+
+def _has_base(pictures: Sequence[Picture]) -> bool:
+    return any(picture.method == BASE for picture in pictures)
 
 
 def _report(folder: Folder, drawn: Sequence[Drawn], pictures: Sequence[Picture]) -> str:

@@ -114,7 +114,7 @@ class Painter:
             settings,
             lora_by_host=LORA not in ways or self._host_reads_lora(next(j for j in jobs if j.method.way == LORA)),
             plain={guided: self._plain(job) for guided, job in {job.cfg != 1: job for job in unguided}.items()},
-            gate=defaults(self.object_info["UnGuideSampler"]),
+            gate=self._gate(),
         )
 
     def draw(self, job: Job, plan: Plan) -> Drawing:
@@ -134,6 +134,11 @@ class Painter:
             score=decision.get("score"),
             threshold=decision.get("threshold"),
         )
+
+    def _gate(self) -> dict[str, Any]:
+        """UnGuide's own inputs, beyond KSampler's, at the node's defaults."""
+        known = {*self.object_info["KSampler"]["input"]["required"], "gate_mode"}
+        return {k: v for k, v in defaults(self.object_info["UnGuideSampler"]).items() if k not in known}
 
     def _run(self, job: Job, **changes: Any) -> dict[str, Any]:
         graph = complete(picture_graph(self.settings, job, **changes), self.object_info)

@@ -91,13 +91,16 @@ def test_the_gates_decision_is_noted_and_what_it_spares_is_the_base_models_pictu
 def test_the_scores_are_those_of_the_pictures(finished: Path) -> None:
     found = results(finished)
     assert set(found["scores"]) == set(NAMES)
-    guided = found["scores"]["UnGuide trajectory"]
+    base, lora, guided = (found["scores"][name] for name in ("base", "LoRA 1", "UnGuide trajectory"))
+    assert [base[name] for name in ("acc_e", "acc_s", "acc_g")] == [100.0, 100.0, 100.0]
+    for erased in (lora, guided):
+        assert [erased[name] for name in ("acc_e", "acc_s", "acc_g")] == [0.0, 100.0, 0.0]
     assert (guided["recall"], guided["false_alarms"]) == (100.0, 0.0)
     assert guided["max_abs_diff_unrelated"] == 0.0
-    assert found["scores"]["LoRA 1"]["max_abs_diff_unrelated"] > 0
+    assert lora["max_abs_diff_unrelated"] > 0
     assert found["shares"]["base"]["erased"]["pictures"] == 2
     assert found["settings"]["checkpoint"].startswith("unguide-demo")
-    assert (guided["identical_unrelated"], found["scores"]["LoRA 1"]["identical_unrelated"]) == (100.0, 0.0)
+    assert (guided["identical_unrelated"], lora["identical_unrelated"]) == (100.0, 0.0)
     page = (finished / "report.html").read_text(encoding="utf-8")
     assert "Erasure of &#39;cat&#39;" in page
     assert "data:image/png;base64," in page
