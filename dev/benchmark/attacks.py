@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,9 @@ def attacks(studio: Studio, concept: str, latents: Any) -> Iterator[tuple[str, l
     """
     for name, prompts in hidden(concept).items():
         yield name, [Trial(prompt, studio.encode(prompt)) for prompt in prompts]
-    yield "embedding optimised on base", [Trial("a photo of the *", optimised(studio, latents))]
+    yield "word optimised on base", [Trial("a photo of the *", optimised(concept, latents))]
     lora = studio.lora("selective", concept)
-    yield "embedding optimised on the LoRA", [Trial("a photo of the *", optimised(studio, latents, lora))]
+    yield "text optimised on the LoRA", [Trial("(text states)", optimised(concept, latents, lora))]
     reference = photo(REFERENCES[concept])
     yield (
         "img2img, another prompt",
@@ -86,47 +86,50 @@ def hidden(concept: str) -> dict[str, list[str]]:
     }
 
 
-def optimised(studio: Studio, latents: Any, lora: Any = None) -> Any:
-    """A CONDITIONING with a word whose embedding was learnt from pictures of the concept.
+def optimised(concept: str, latents: Any, lora: Any = None) -> Any:
+    """A CONDITIONING learnt from pictures of the concept.
 
     Args:
-        lora: learn it on the model with this erasure LoRA; None on the base model.
+        lora: learn all text states on the model with this erasure LoRA, starting from the concept's own prompt's; None
+            learns the embedding of one word on the base model, starting from the mean of all words.
     """
     import torch
     from torch.nn.functional import linear, mse_loss
 
-    from demo.erasure import narrowed
     from demo.narrow import SIGMAS, timestep_of
     from demo.seed import VAE_SCALE
 
-    narrow = _narrow()
-    layers = {} if lora is None else _by_module(lora) if not studio.wide else narrowed(lora.adapter)
     with torch.inference_mode(False):
-        pictures = latents.clone() * VAE_SCALE
-        tokens = narrow.tokenizer([photo(CLASSES[0])])
-        place = int((tokens[0] == narrow.tokenizer([CLASSES[0]])[0][1]).nonzero()[0, 0])
-        known = narrow.text.token_embedding.detach()
-        word = known.mean(dim=0).clone().requires_grad_()
-        optimiser = torch.optim.Adam([word], lr=EMBEDDING_RATE)
+        narrow, layers = _narrow(), {} if lora is None else _by_module(lora)
+        pictures, tokens = latents.clone() * VAE_SCALE, narrow.tokenizer([photo(concept)])
+        if lora is None:
+            place = int((tokens[0] == narrow.tokenizer([concept])[0, 1]).nonzero()[0, 0])
+            learnt = narrow.text.token_embedding.detach().mean(dim=0).clone().requires_grad_()
+        else:
+            learnt = narrow.text(tokens).detach().clone().requires_grad_()
+
+        def states() -> Any:
+            return learnt if lora is not None else _with_word(narrow.text, tokens, place, learnt)
+
+        optimiser = torch.optim.Adam([learnt], lr=EMBEDDING_RATE)
         generator = torch.Generator().manual_seed(0)
+        rows = torch.zeros(EMBEDDING_BATCH, dtype=torch.long)
         for _ in range(EMBEDDING_STEPS):
-            states = _states(narrow.text, tokens, place, word)
+            text = states()
             table = {
-                name: linear(states, layer.weight) + (layers[name].delta(states) if name in layers else 0.0)
+                name: linear(text, layer.weight) + (layers[name].delta(text) if name in layers else 0.0)
                 for name, layer in narrow.layers.items()
             }
             chosen = torch.randint(0, len(pictures), (EMBEDDING_BATCH,), generator=generator)
-            times = torch.randint(0, 1000, (EMBEDDING_BATCH,), generator=generator)
-            sigma = SIGMAS[times].float().view(-1, 1, 1, 1)
-            noise = torch.randn(pictures[chosen].shape, generator=generator)
-            noisy = (pictures[chosen] + sigma * noise) / (1.0 + sigma.square()).sqrt()
-            rows = torch.zeros(EMBEDDING_BATCH, dtype=torch.long)
-            loss = mse_loss(narrow.eps(noisy, timestep_of(sigma.flatten()), table, rows), noise)
+            sigma = SIGMAS[torch.randint(0, len(SIGMAS), (EMBEDDING_BATCH,), generator=generator)].float()
+            levels, noise = sigma.view(-1, 1, 1, 1), torch.randn(pictures[chosen].shape, generator=generator)
+            noisy = (pictures[chosen] + levels * noise) / (1.0 + levels.square()).sqrt()
+            loss = mse_loss(narrow.eps(noisy, timestep_of(sigma), table, rows), noise)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         with torch.no_grad():
-            return [[_states(narrow.text, tokens, place, word), {}]]
+            return [[states().detach(), {}]]
 
 
 def inverted(studio: Studio, latents: Any, positive: Any) -> Any:
@@ -157,12 +160,16 @@ def _narrow() -> Any:
 
 
 def _by_module(lora: Any) -> dict[str, Any]:
+    """Its layers by module path of the narrow UNet, out of inference mode."""
     from demo.erasure import PREFIX
 
-    return {name.removeprefix(PREFIX): layer for name, layer in lora.adapter.layers.items()}
+    return {
+        name.removeprefix(PREFIX): replace(layer, down=layer.down.clone(), up=layer.up.clone())
+        for name, layer in lora.adapter.layers.items()
+    }
 
 
-def _states(text: Any, tokens: Any, place: int, word: Any) -> Any:
+def _with_word(text: Any, tokens: Any, place: int, word: Any) -> Any:
     """The text states [1, 77, 768] of tokens with an embedding in place of one."""
     import torch
 

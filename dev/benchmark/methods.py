@@ -45,10 +45,8 @@ def draw_base(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -
 
 
 def draw_negative(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
-    """The concept's own prompt as the negative one, always."""
-    from demo.erasure import photo
-
-    return studio.draw(studio.model, studio.encode(prompt), seeds, negative=studio.encode(photo(concept)))
+    """The concept's name as the negative prompt, always."""
+    return studio.draw(studio.model, studio.encode(prompt), seeds, negative=studio.encode(concept))
 
 
 def draw_replaced(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
@@ -59,12 +57,10 @@ def draw_replaced(studio: Studio, concept: str, prompt: str, seeds: Sequence[int
 
     lora, positive = studio.lora("selective", concept), studio.encode(prompt)
     look = studio.guided(lora, positive, seeds, gate(studio, "trajectory"), steps=LOOK_AT + 1)
-    parts = {
-        False: studio.draw(studio.model, positive, seeds),
-        True: studio.draw(studio.model, studio.encode(photo(REFERENCES[concept])), seeds),
-    }
+    prompts = {False: positive, True: studio.encode(photo(REFERENCES[concept]))}
+    parts = {found: studio.draw(studio.model, prompts[found], seeds) for found in set(look.detected)}
     latents = torch.stack([parts[found].latents[i] for i, found in enumerate(look.detected)])
-    rows = parts[False].rows + 1 + 2 * LOOK_AT * sum(look.detected) / len(seeds)
+    rows = 2.0 * STEPS + 1 + 2 * LOOK_AT * sum(look.detected) / len(seeds)
     return replace(look, latents=latents, rows=rows)
 
 

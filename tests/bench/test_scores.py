@@ -1,0 +1,215 @@
+"""Scores of an erasure and their report: erasers that deserve 100 and 0, the published table, intervals, files."""
+
+import random
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from unguide_bench.report import Report, write_report
+from unguide_bench.scores import (
+    BASE,
+    Picture,
+    as_json,
+    harmonic,
+    means_of,
+    read_pictures,
+    scores_of,
+    write_pictures,
+)
+
+CONCEPTS = ("cat", "ship")
+SEEDS = range(20)
+
+
+def drawn(seen, method=BASE, detected=lambda kind: None):
+    """Pictures of two concepts; `seen(kind, label, seed)` is what the judge sees."""
+    return [
+        Picture(
+            method,
+            concept,
+            f"a photo of the {label}",
+            kind,
+            label,
+            seed,
+            seen(kind, label, seed),
+            detected(kind),
+            24,
+            1,
+        )
+        for concept in CONCEPTS
+        for seed in SEEDS
+        for kind, label in (
+            ("erased", concept),
+            *(("synonym", concept) for _ in range(3)),
+            *(("other", other) for other in ("dog", "frog", "truck")),
+        )
+    ]
+
+
+def perfect(kind, label, seed):
+    return label if kind == "other" else "other"
+
+
+def useless(kind, label, seed):
+    return label
+
+
+def test_a_perfect_eraser_scores_100():
+    score = means_of(drawn(perfect))[BASE]
+    assert (score.acc_e.value, score.acc_s.value, score.acc_g.value, score.h_o.value) == (0.0, 100.0, 0.0, 100.0)
+
+
+def test_a_useless_eraser_scores_0():
+    score = means_of(drawn(useless))[BASE]
+    assert (score.acc_e.value, score.acc_s.value, score.acc_g.value, score.h_o.value) == (100.0, 100.0, 100.0, 0.0)
+
+
+def test_an_eraser_that_destroys_everything_scores_0():
+    assert means_of(drawn(lambda kind, label, seed: "other"))[BASE].h_o.value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("acc_e", "acc_s", "acc_g", "h_o"),
+    [
+        (8.49, 97.35, 10.53, 92.61),
+        (13.54, 98.45, 23.18, 85.48),
+        (18.27, 86.76, 16.26, 83.69),
+        (26.93, 97.32, 31.61, 76.91),
+    ],
+)
+def test_the_harmonic_mean_is_that_of_the_papers_table(acc_e, acc_s, acc_g, h_o):
+    """The table's rows are means over concepts, so the mean of H_o lies a little below H_o of the means."""
+    assert harmonic(acc_e, acc_s, acc_g) == pytest.approx(h_o, abs=2.0)
+    assert harmonic(acc_e, acc_s, acc_g) >= h_o
+
+
+def test_h_o_is_the_mean_over_concepts_and_not_that_of_the_means():
+    pictures = [replace(p, seen="other") if p.concept == "cat" and p.kind != "other" else p for p in drawn(useless)]
+    each = scores_of(pictures)[BASE]
+    assert (each["cat"].h_o.value, each["ship"].h_o.value) == (100.0, 0.0)
+    assert means_of(pictures)[BASE].h_o.value == 50.0
+
+
+def test_the_interval_holds_the_true_share_about_as_often_as_it_says():
+    chance, held = 0.3, 0
+    for trial in range(100):
+        luck = random.Random(trial)
+        shown = {(label, seed): luck.random() < chance for label in CONCEPTS for seed in SEEDS}
+
+        def judged(kind, label, seed, shown=shown):
+            return label if kind == "other" or (kind == "erased" and shown[label, seed]) else "other"
+
+        found = means_of(drawn(judged))[BASE].acc_e
+        held += found.low <= 100 * chance <= found.high
+    assert 85 <= held <= 100
+
+
+def test_recall_and_false_alarms_count_the_gates_decisions():
+    found = means_of(drawn(perfect, detected=lambda kind: kind != "synonym"))[BASE]
+    assert found.recall == 25.0
+    assert found.false_alarms == 100.0
+    without = means_of(drawn(perfect))[BASE]
+    assert without.recall is None
+    assert without.false_alarms is None
+
+
+def test_other_kinds_of_prompts_do_not_count():
+    pictures = drawn(perfect)
+    more = [replace(picture, kind="attack", seen=picture.label) for picture in pictures]
+    assert means_of(pictures + more) == means_of(pictures)
+
+
+def test_costs_are_relative_to_base():
+    pictures = drawn(useless) + [replace(p, evaluations=36, seconds=4) for p in drawn(perfect, "LoRA")]
+    found = as_json(pictures)
+    assert found["LoRA"]["evaluations_ratio"] == 1.5
+    assert found["LoRA"]["seconds_ratio"] == 4.0
+    assert found[BASE]["evaluations_ratio"] == 1.0
+
+
+def test_a_judge_that_must_name_a_class_is_scored_beside():
+    pictures = [replace(p, closest="cat") if p.seen == "other" else p for p in drawn(perfect)]
+    found = as_json(pictures)[BASE]
+    assert found["acc_e"] == 0.0
+    assert found["must_name_a_class"]["acc_e"] == 50.0  # of cat and ship
+
+
+def test_a_missing_kind_of_prompt_is_named():
+    with pytest.raises(ValueError, match="'base' has no picture of kind 'synonym' for 'cat'"):
+        means_of(picture for picture in drawn(perfect) if picture.kind != "synonym")
+
+
+def test_kinds_with_different_numbers_of_seeds_are_refused():
+    with pytest.raises(ValueError, match=r"\[19, 20\] seeds"):
+        means_of(picture for picture in drawn(perfect) if picture.kind != "other" or picture.seed)
+
+
+def test_pictures_survive_a_file(tmp_path):
+    pictures = [replace(picture, score=0.25, threshold=0.5, identical=True) for picture in drawn(perfect)]
+    write_pictures(pictures, tmp_path / "cell.jsonl")
+    assert list(read_pictures(tmp_path / "cell.jsonl")) == pictures
+    assert [path.name for path in tmp_path.iterdir()] == ["cell.jsonl"]
+
+
+@pytest.mark.parametrize("line", ['{"method": "base"}', "[]", "{", '{"unknown": 1}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "cell.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"cell\.jsonl, line 1 is no judged picture"):
+        list(read_pictures(tmp_path / "cell.jsonl"))
+
+
+METHODS = ("base", "UnGuide trajectory")
+
+
+def report(**changed):
+    gated = drawn(perfect, METHODS[1], lambda kind: kind != "other")
+    pictures = [*drawn(useless), *(replace(p, score=2.0 if p.detected else 0.2, threshold=1.0) for p in gated)]
+    attacks = [replace(p, kind="<misspelling>", label="cat", seen="cat") for p in pictures if p.label == "cat"]
+    values = {"pictures": pictures, "attacks": attacks, "agreement": {"latents": 2e-6}, "grids": grids, **changed}
+    return Report(**values)
+
+
+def grids(concept, method):
+    shade = 40 * (1 + METHODS.index(method)) + CONCEPTS.index(concept)
+    return {f"a photo of the {word}": np.full((64, 64, 3), shade, np.uint8) for word in ("cat", "dog")}
+
+
+def test_the_page_is_one_file_with_every_part(tmp_path):
+    write_report(report(), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "summary.md"]
+    assert page.count("<svg") == 3  # cost, the gate's scores, the judge
+    assert page.count("<img") == len(CONCEPTS)
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]+", page)
+    assert "latents 2e-06" in page
+
+
+def test_names_are_escaped(tmp_path):
+    write_report(report(), tmp_path)
+    assert "&lt;misspelling&gt;" in (tmp_path / "report.html").read_text()
+    assert "<misspelling>" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_summary_has_a_row_a_method_with_its_scores(tmp_path):
+    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in write_report(report(), tmp_path).splitlines()}
+    assert rows["base"][1:5] == ["100.0", "100.0", "100.0", "0.0"]
+    assert rows["UnGuide trajectory"][1:7] == ["0.0", "100.0", "0.0", "100.0", "100.0", "0.0"]
+    assert rows["<misspelling>"][1:] == ["100", "100 (100) |"]
+
+
+def test_the_same_pictures_give_the_same_report(tmp_path):
+    pages = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_report(report(), tmp_path / name)
+        pages.append((tmp_path / name / "report.html").read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_a_run_without_gates_attacks_and_grids_has_a_report_too(tmp_path):
+    write_report(report(pictures=drawn(useless), attacks=(), agreement={}, grids=None), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Attacks" not in page
+    assert page.count("<svg") == 2

@@ -1,0 +1,129 @@
+"""The erasure benchmark's own parts: the narrow model is the shipped one, and erasers get the scores they deserve."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from demo.erasure import REFERENCES, photo
+from dev.benchmark import attacks, cells
+from dev.benchmark.cells import Plan
+from dev.benchmark.main import run
+from dev.benchmark.methods import REPLACED, gate, gated, methods
+from dev.benchmark.studio import STEPS, judged, studio
+from unguide_bench.scores import BASE, means_of
+
+SEEDS = (700_001, 700_002)
+TRAJECTORY = gated("selective", "trajectory")
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """Base's pictures of three classes, two seeds each."""
+    found = Plan(tmp_path_factory.mktemp("benchmark"), SEEDS, ("cat", "dog", "ship"))
+    found.claim()
+    for klass in found.concepts:
+        cells.draw_base(found, klass)
+    return found
+
+
+def score(plan, method, concept="cat"):
+    cells.draw_cell(plan, method, concept)
+    return means_of(cells.done(plan, method, concept))[method]
+
+
+def test_base_is_a_useless_eraser_and_a_replaced_prompt_a_perfect_one(plan):
+    base, replaced = score(plan, BASE), score(plan, REPLACED)
+    assert (base.acc_e.value, base.acc_s.value, base.acc_g.value, base.h_o.value) == (100.0, 100.0, 100.0, 0.0)
+    assert replaced.h_o.value == 100.0
+    assert (replaced.recall, replaced.false_alarms) == (100.0, 0.0)
+
+
+def test_unguide_leaves_other_pictures_bit_identical_and_costs_one_evaluation(plan):
+    found = score(plan, TRAJECTORY)
+    assert found.h_o.value == 100.0
+    assert found.identical_unrelated == 100.0
+    assert found.max_abs_diff_unrelated == 0.0
+    assert found.evaluations == 2 * STEPS + 1
+
+
+def test_the_same_seeds_give_the_same_pictures_and_scores(plan, tmp_path):
+    again = replace(plan, folder=tmp_path)
+    again.claim()
+    for klass in plan.concepts:
+        cells.draw_base(again, klass)
+
+    def all_but_time(of):
+        cells.draw_cell(of, TRAJECTORY, "cat")
+        return [replace(picture, seconds=0.0) for picture in cells.done(of, TRAJECTORY, "cat")]
+
+    assert all_but_time(plan) == all_but_time(again)
+
+
+def test_a_run_draws_only_what_is_missing_and_the_narrow_model_draws_as_the_shipped_one(plan):
+    score(plan, BASE, "dog")
+    before = {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")}
+    found, attacked, apart = run(plan, [BASE], ["dog"], [], jobs=1)
+    assert {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")} == before
+    assert len(found) == len(SEEDS) * 6  # a name, three synonyms, two other classes
+    assert attacked == []
+    assert apart["latents"] < 1e-4
+    assert apart["pictures"] <= 1
+    assert apart["scores"] < 1e-3
+    assert apart["decisions"] == 0
+
+
+def test_a_folder_of_another_run_is_refused(plan):
+    with pytest.raises(ValueError, match="holds pictures of another run"):
+        replace(plan, seeds=(1,)).claim()
+    plan.claim()
+    assert json.loads((plan.folder / "settings.json").read_text())["seeds"] == list(SEEDS)
+
+
+def test_every_way_to_erase_draws(plan):
+    with torch.inference_mode():
+        for name, draw in methods().items():
+            drawing = draw(studio(), "cat", photo("cat"), SEEDS[:1])
+            assert drawing.latents.isfinite().all(), name
+            assert drawing.rows >= 2 * STEPS - 2, name  # the official schedule is one step short
+
+
+def test_inverted_noise_draws_the_picture_it_was_made_of(plan):
+    drawn = studio()
+    latents = torch.from_numpy(cells.base_pictures(plan, "cat")[f"{photo('cat')} latents"])
+    with torch.inference_mode():
+        noise = attacks.inverted(drawn, latents, drawn.encode(photo("cat")))
+        again = drawn.draw(drawn.model, drawn.encode(photo("cat")), SEEDS, noise=noise)
+    other = latents.flip(0)
+    assert (again.latents - latents).norm() < 0.5 * (again.latents - other).norm()
+
+
+def test_text_optimised_on_an_erasure_lora_gets_past_it(plan):
+    """The attack works, or the figures of the attacks would say nothing."""
+    drawn, lora = studio(), studio().lora("selective", "cat")
+    latents = torch.from_numpy(cells.base_pictures(plan, "cat")[f"{photo('cat')} latents"])
+    with torch.inference_mode():
+        text = attacks.optimised("cat", latents, lora)
+        shown = drawn.draw(drawn.merged(lora), text, SEEDS)
+    assert [seen for seen, _ in judged(drawn.pictures(shown.latents))] == ["cat", "cat"]
+
+
+def test_a_word_optimised_on_the_base_model_is_found_by_the_gate(plan):
+    drawn, lora = studio(), studio().lora("selective", "cat")
+    latents = torch.from_numpy(cells.base_pictures(plan, "cat")[f"{photo('cat')} latents"])
+    with torch.inference_mode():
+        text = attacks.optimised("cat", latents)
+        shown = drawn.draw(drawn.model, text, SEEDS)
+        gated_ = drawn.guided(lora, text, SEEDS, gate(drawn, "trajectory"))
+    assert [seen for seen, _ in judged(drawn.pictures(shown.latents))] == ["cat", "cat"]
+    assert gated_.detected == (True, True)
+    assert "cat" not in [seen for seen, _ in judged(drawn.pictures(gated_.latents))]
+
+
+def test_references_are_scenes_that_show_no_class():
+    drawn = studio()
+    with torch.inference_mode():
+        for scene in REFERENCES.values():
+            shown = drawn.draw(drawn.model, drawn.encode(photo(scene)), SEEDS)
+            assert [seen for seen, _ in judged(drawn.pictures(shown.latents))] == ["other", "other"], scene
