@@ -74,7 +74,24 @@ class Api:
         self.check = check
 
     def request(self, path: str, data: Any = None, timeout: float = 120.0) -> bytes:
-        """The body of the answer to a GET, or to a POST of `data` as JSON. Raises: NoAnswerError."""
+        """The body of the answer to a GET, or to a POST of `data` as JSON.
+
+        Raises: NoAnswerError; ApiError for an answer that is an error.
+        """
+        try:
+            return self._send(path, data, timeout)
+        except urllib.error.HTTPError as error:
+            raise ApiError(f"{self.url}{path} answers as no ComfyUI does ({error}); give the address of one") from error
+
+    def get(self, path: str, **query: str) -> Any:
+        """The JSON answer to a GET, as of /object_info, /system_stats, /queue. Raises: as `request`."""
+        body = self.request(f"{path}?{urllib.parse.urlencode(query)}" if query else path)
+        try:
+            return json.loads(body)
+        except ValueError as error:
+            raise ApiError(f"{self.url}{path} answers with no JSON; give the address of a ComfyUI") from error
+
+    def _send(self, path: str, data: Any, timeout: float = 120.0) -> bytes:
         body = None if data is None else json.dumps(data).encode()
         request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": "application/json"})
         try:
@@ -86,17 +103,10 @@ class Api:
             self.check()
             raise NoAnswerError(f"ComfyUI at {self.url} does not answer: {error}") from error
 
-    def get(self, path: str, **query: str) -> Any:
-        """The JSON answer to a GET, as of /object_info, /system_stats, /queue. Raises: ApiError if there is none."""
-        try:
-            return json.loads(self.request(f"{path}?{urllib.parse.urlencode(query)}" if query else path))
-        except (urllib.error.HTTPError, ValueError) as error:
-            raise ApiError(f"{self.url}{path} answers as no ComfyUI does ({error}); give the address of one") from error
-
     def queue(self, graph: Graph) -> str:
         """Queues a graph and returns its prompt id. Raises: PromptRejectedError with the reasons for each node."""
         try:
-            answer = self.request("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})
+            answer = self._send("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})
         except urllib.error.HTTPError as error:
             raise PromptRejectedError(_json_or_text(error.read())) from None
         return str(json.loads(answer)["prompt_id"])

@@ -12,7 +12,7 @@ from .drawing import Servers, draw_missing, jobs_of
 from .errors import BenchError
 from .export import export
 from .folder import Folder
-from .judging import BASE_PICTURES, JUDGES, Judging, judged
+from .judging import BASE_PICTURES, JUDGES, Judging, judged, require
 from .labels import THRESHOLD
 from .methods import DEFAULT, Method, Settings
 from .prompts import UNSCORED, read_prompts
@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> str:
         options.fid_weights,
         options.threshold,
     )
+    require(judging)
     prompts = read_prompts(options.prompts, options.concept, options.kind).first(options.limit)
     methods = list(dict.fromkeys(Method.parse(text) for text in options.methods))
     if options.seeds < 1 or not 0 <= options.first_seed <= (1 << 64) - options.seeds:

@@ -69,6 +69,8 @@ def draw_missing(folder: Folder, settings: Settings, jobs: Iterable[Job], target
             for job, drawing in _drawings(missing, plan, servers):
                 folder.add(job, drawing)
                 bar.update()
+    except OSError as error:
+        raise BenchError(f"{folder.path} cannot be written ({error.strerror}); make room and start again") from error
     except ApiError as error:
         raise BenchError(f"{error}; {len(folder.missing(jobs))} pictures are missing, start again to go on") from error
 

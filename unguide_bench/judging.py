@@ -79,6 +79,30 @@ def extra(name: str) -> Iterator[None]:
         raise BenchError(f"a package is missing ({error}); pip install 'comfyui-unguide[{name}]'") from error
 
 
+def require(judging: Judging) -> None:
+    """Raises BenchError for what is missing, before pictures are drawn that nothing could judge."""
+    if judging.fid and judging.fid != BASE_PICTURES and not Path(judging.fid).is_dir():
+        raise BenchError(f"there is no folder {judging.fid} to compare with; give one of .png or .jpg with --fid")
+    if judging.fid_weights is not None and not judging.fid_weights.is_file():
+        raise BenchError(
+            f"there is no file {judging.fid_weights}; give torch-fidelity's InceptionV3 with --fid-weights"
+        )
+    with extra("bench"):
+        if judging.needs_clip and judging.clip is not None:
+            from .judges.clip import require_files
+
+            require_files(judging.clip)
+        if judging.judge == "nudenet":
+            from .judges import nudity  # noqa: F401
+        if judging.fid:
+            from .judges import fid  # noqa: F401
+    if judging.judge == "demo":
+        try:
+            from .judges import demo  # noqa: F401
+        except ImportError as error:
+            raise BenchError(f"the demo's classifier is in the repository ({error}); run it in a clone") from error
+
+
 def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judging) -> dict[str, Any]:
     """Looks at a run's pictures, and writes what it found into the folder.
 
@@ -202,7 +226,7 @@ def _shares(pictures: Sequence[Picture], kinds: Sequence[str]) -> dict[str, dict
     """By method and kind of prompt, how many pictures show what the prompt asks for."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for picture in pictures:
-        if picture.kind in kinds and picture.seen:
+        if picture.kind in kinds and picture.label and picture.seen:
             share = found.setdefault(picture.method, {}).setdefault(picture.kind, {"pictures": 0, "shown": 0})
             share["pictures"] += 1
             share["shown"] += picture.seen == picture.label
@@ -215,13 +239,15 @@ def _shares(pictures: Sequence[Picture], kinds: Sequence[str]) -> dict[str, dict
 def _scores(pictures: Sequence[Picture]) -> dict[str, dict[str, object]]:
     """The paper's scores, where every method has pictures of all three kinds of prompts with the same seeds."""
     try:
-        return as_json(pictures) if _has_base(pictures) and pictures[0].seen else {}
+        return as_json(pictures) if _can_be_scored(pictures) else {}
     except ValueError:
         return {}
 
 
-def _has_base(pictures: Sequence[Picture]) -> bool:
-    return any(picture.method == BASE for picture in pictures)
+def _can_be_scored(pictures: Sequence[Picture]) -> bool:
+    """Whether the judge named every picture, prompts name their classes, and base is there to compare with."""
+    named = all(picture.seen and (picture.label or picture.kind not in KINDS) for picture in pictures)
+    return named and any(picture.method == BASE for picture in pictures)
 
 
 def _report(folder: Folder, drawn: Sequence[Drawn], pictures: Sequence[Picture]) -> str:

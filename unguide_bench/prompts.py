@@ -154,11 +154,12 @@ def _from_csv(path: Path, text: str, concept: str, kind: str) -> Prompts:
         if not prompt:
             continue
         label = (row.get("classes") or "").strip().lower()
+        found = _kind(where, row, label, concept, kind)
         items.append(
             Prompt(
                 text=prompt,
-                kind=_kind(where, row, label, concept, kind),
-                label=label or concept,
+                kind=found,
+                label=label or (concept if found in (ERASED, SYNONYM) else ""),
                 case=int(_number(where, row, ("case_number",), len(items))),
                 seed=_seed(where, row),
                 cfg=_number(where, row, _CFG, None),

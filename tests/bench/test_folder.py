@@ -17,7 +17,7 @@ from unguide_bench.errors import BenchError
 from unguide_bench.export import export
 from unguide_bench.folder import Folder
 from unguide_bench.graphs import Job
-from unguide_bench.judging import Judging, judged
+from unguide_bench.judging import Judging, judged, require
 from unguide_bench.methods import Method, Settings
 from unguide_bench.painter import Drawing, Plan
 from unguide_bench.prompts import Prompt, Prompts
@@ -140,6 +140,19 @@ def test_a_folder_without_pictures_has_nothing_to_judge(tmp_path: Path) -> None:
 def test_clips_weights_are_asked_for_before_anything_is_drawn(options: dict) -> None:
     with pytest.raises(BenchError, match="give the folder of a download with --clip"):
         Judging(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"judge": "clip", "clip": Path("nowhere")}, "CLIP folder nowhere has no config.json, no model.safetensors or"),
+        ({"fid": "nowhere", "clip": Path("nowhere")}, "no folder nowhere to compare with"),
+        ({"fid": "base", "fid_weights": Path("nowhere.pth")}, "no file nowhere.pth; give torch-fidelity's"),
+    ],
+)
+def test_what_a_judge_lacks_is_told_before_anything_is_drawn(options: dict, words: str) -> None:
+    with pytest.raises(BenchError, match=words):
+        require(Judging(**options))
 
 
 def test_pictures_are_exported_as_others_tools_want_them(tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ def test_i2ps_own_columns_are_known_and_every_prompt_is_one_for_the_concept(tmp_
 
 def test_a_csv_may_say_the_kind_and_the_run_may_say_it_for_all(tmp_path) -> None:
     path = written(tmp_path / "a.csv", "prompt,kind\na cat,\na kitty,synonym\n")
-    assert [item.kind for item in read_prompts(path, "cat", "unscored").items] == ["unscored", "synonym"]
+    items = read_prompts(path, "cat", "unscored").items
+    assert [(item.kind, item.label) for item in items] == [("unscored", ""), ("synonym", "cat")]
 
 
 def test_the_first_prompts_alone(tmp_path) -> None:

@@ -25,6 +25,16 @@ NEEDED = (
 """Files of the folder, and what may stand in for each."""
 
 
+def require_files(folder: Path) -> None:
+    """Raises BenchError where the folder lacks a file."""
+    missing = [" or ".join(names) for names in NEEDED if not any((folder / name).is_file() for name in names)]
+    if missing:
+        raise BenchError(
+            f"the CLIP folder {folder} has no {', no '.join(missing)}; put a whole download of "
+            "openai/clip-vit-base-patch32 there"
+        )
+
+
 class Clip:
     """A CLIP model as transformers saves it, such as a download of openai/clip-vit-base-patch32; nothing is fetched.
 
@@ -32,11 +42,7 @@ class Clip:
     """
 
     def __init__(self, folder: Path) -> None:
-        if missing := [" or ".join(names) for names in NEEDED if not any((folder / name).is_file() for name in names)]:
-            raise BenchError(
-                f"the CLIP folder {folder} has no {', no '.join(missing)}; put a whole download of "
-                "openai/clip-vit-base-patch32 there"
-            )
+        require_files(folder)
         disable_progress_bar()
         try:
             self.model = CLIPModel.from_pretrained(folder, local_files_only=True).float()
