@@ -12,7 +12,7 @@ It knows neither comfy nor the pack's nodes; what it needs beyond the standard l
     cluster.py      many servers, on Ray
     folder.py       a run's folder, from which it goes on
     drawing.py      what is missing of a run, drawn
-    judges/         what looks at pictures
+    judges/         what looks at pictures; looking.py asks those that are wanted
     judging.py      a run's folder to results; tables.py shows them
     export.py       pictures for other tools
     technique.py    UnGuide for eval-unlearn

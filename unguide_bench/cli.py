@@ -12,8 +12,9 @@ from .drawing import Servers, draw_missing, jobs_of
 from .errors import BenchError
 from .export import export
 from .folder import Folder
-from .judging import BASE_PICTURES, JUDGES, Judging, judged, require
+from .judging import judged
 from .labels import THRESHOLD
+from .looking import BASE_PICTURES, JUDGES, Judging, require
 from .methods import DEFAULT, Method, Settings
 from .prompts import UNSCORED, read_prompts
 from .scores import KINDS

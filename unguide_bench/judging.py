@@ -2,6 +2,7 @@
 
 results.json     everything that was found
 results.md       the same as tables
+report.html      the paper's scores with plots and pictures, where all three kinds of prompts were drawn
 pictures.jsonl   the judged pictures, as `scores` reads them
 """
 
@@ -10,10 +11,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,85 +21,11 @@ from PIL import Image
 from .errors import BenchError
 from .folder import Drawn, Folder, key_of
 from .graphs import Job
-from .labels import OTHERWISE, THRESHOLD, is_nude
+from .labels import is_nude
+from .looking import NUDENET, Findings, Judging, Looking, extra
 from .prompts import Prompts
 from .scores import BASE, ERASED, KINDS, SYNONYM, Picture, as_json, write_pictures
 from .tables import tables
-
-if TYPE_CHECKING:
-    from .judges.clip import Clip
-
-JUDGES = ("clip", "nudenet", "demo", "none")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-BASE_PICTURES = "base"
-"""In place of a folder of references for FID: the base model's pictures of the same run."""
-
-
-@dataclass(frozen=True)
-class Judging:
-    """What to look for in the pictures.
-
-    Args:
-        judge: one of `JUDGES`; "none" leaves accuracies out.
-        classes: for CLIP to choose among; empty takes the prompts'.
-        clip: the folder of CLIP's weights.
-        clip_score: whether to measure CLIPScore.
-        fid: a folder of reference pictures, or "base"; "" measures none.
-        fid_weights: InceptionV3 weights; None takes CLIP's picture vectors.
-        threshold: of NudeNet's detections.
-    Raises: BenchError where CLIP's folder is not named and needed.
-    """
-
-    judge: str = "none"
-    classes: tuple[str, ...] = ()
-    clip: Path | None = None
-    clip_score: bool = False
-    fid: str = ""
-    fid_weights: Path | None = None
-    threshold: float = THRESHOLD
-
-    def __post_init__(self) -> None:
-        if self.judge not in JUDGES:
-            raise BenchError(f"there is no judge {self.judge!r}; choose from {', '.join(JUDGES)}")
-        if self.clip is None and self.needs_clip:
-            raise BenchError("CLIP's weights are not named; give the folder of a download with --clip")
-
-    @property
-    def needs_clip(self) -> bool:
-        return self.judge == "clip" or self.clip_score or (bool(self.fid) and self.fid_weights is None)
-
-
-@contextmanager
-def extra(name: str) -> Iterator[None]:
-    """Within the block a missing package is a BenchError that says how to install it."""
-    try:
-        yield
-    except ImportError as error:
-        raise BenchError(f"a package is missing ({error}); pip install 'comfyui-unguide[{name}]'") from error
-
-
-def require(judging: Judging) -> None:
-    """Raises BenchError for what is missing, before pictures are drawn that nothing could judge."""
-    if judging.fid and judging.fid != BASE_PICTURES and not Path(judging.fid).is_dir():
-        raise BenchError(f"there is no folder {judging.fid} to compare with; give one of .png or .jpg with --fid")
-    if judging.fid_weights is not None and not judging.fid_weights.is_file():
-        raise BenchError(
-            f"there is no file {judging.fid_weights}; give torch-fidelity's InceptionV3 with --fid-weights"
-        )
-    with extra("bench"):
-        if judging.needs_clip and judging.clip is not None:
-            from .judges.clip import require_files
-
-            require_files(judging.clip)
-        if judging.judge == "nudenet":
-            from .judges import nudity  # noqa: F401
-        if judging.fid:
-            from .judges import fid  # noqa: F401
-    if judging.judge == "demo":
-        try:
-            from .judges import demo  # noqa: F401
-        except ImportError as error:
-            raise BenchError(f"the demo's classifier is in the repository ({error}); run it in a clone") from error
 
 
 def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judging) -> dict[str, Any]:
@@ -112,21 +37,21 @@ def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judgi
     if not drawn:
         raise BenchError(f"there are no pictures in {folder.path}; draw some with --server")
     files = [folder.path / one.file for one in drawn]
-    results: dict[str, Any] = {"concept": prompts.concept, **folder.known}
     with extra("bench"):
-        clip = _clip(judging)
-        seen, results["nudity"] = _seen(drawn, files, prompts, judging, clip)
-        pictures = list(_pictures(folder, drawn, seen, prompts))
-        knows_others = judging.judge != "nudenet"
-        shares = _shares(pictures, KINDS if knows_others else (ERASED, SYNONYM))
-        results |= {"shares": shares, "scores": _scores(pictures) if knows_others else {}, "costs": _costs(drawn)}
-        if judging.clip_score and clip is not None:
-            from .judges.clip import ClipScore
-
-            found = ClipScore(clip).measure(files, [one.prompt for one in drawn])
-            results["clip_score"] = _by_method(drawn, found, lambda values: sum(values) / len(values))
-        if judging.fid:
-            results["fid"] = _fids(folder, drawn, judging, clip)
+        look = Looking(judging)
+        findings = look.classes(files, prompts.concept, prompts.classes)
+        pictures = list(_pictures(drawn, files, findings, prompts))
+        knows_others = judging.judge != NUDENET
+        results: dict[str, Any] = {
+            "concept": prompts.concept,
+            **folder.known,
+            "shares": _shares(pictures, KINDS if knows_others else (ERASED, SYNONYM)),
+            "scores": _scores(pictures) if knows_others else {},
+            "nudity": by_method(drawn, findings.parts, _counted),
+            "costs": by_method(drawn, drawn, _cost),
+            "clip_score": by_method(drawn, look.clip_scores(files, [one.prompt for one in drawn]), _mean),
+            "fid": look.distances(by_method(drawn, files, list)),
+        }
         summary = _report(folder, drawn, pictures) if results["scores"] else ""
     write_pictures(pictures, folder.path / "pictures.jsonl")
     (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -135,62 +60,36 @@ def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judgi
     return results
 
 
-def _clip(judging: Judging) -> Clip | None:
-    if not judging.needs_clip or judging.clip is None:
-        return None
-    from .judges.clip import Clip
-
-    return Clip(judging.clip)
-
-
-def _seen(
-    drawn: Sequence[Drawn], files: Sequence[Path], prompts: Prompts, judging: Judging, clip: Clip | None
-) -> tuple[list[tuple[str, str]], dict[str, dict[str, int]]]:
-    """What each picture shows, and the class nearest to it where the judge may name none; both "" without a judge.
-
-    With NudeNet also the exposed parts by method.
-    """
-    if judging.judge == "clip" and clip is not None:
-        from .judges.clip import ClipJudge
-
-        return [(one, "") for one in ClipJudge(clip, judging.classes or prompts.classes).see(files)], {}
-    if judging.judge == "demo":
-        from .judges.demo import DemoJudge
-
-        return DemoJudge().see(files), {}
-    if judging.judge == "nudenet":
-        from .judges.nudity import NudityJudge
-
-        found = NudityJudge(judging.threshold).see(files)
-        nude = [is_nude(parts) for parts in found]
-        counts = _by_method(
-            drawn, [parts + Counter(nude=int(one)) for parts, one in zip(found, nude, strict=True)], _summed
-        )
-        return [(prompts.concept if one else OTHERWISE, "") for one in nude], counts
-    return [("", "") for _ in files], {}
-
-
-def _summed(counters: Sequence[Counter[str]]) -> dict[str, int]:
-    """The counters as one, with the number of them as "pictures"."""
-    return {"pictures": len(counters), **sum(counters, Counter())}
-
-
-def _by_method(drawn: Sequence[Drawn], values: Sequence[Any], join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+def by_method(drawn: Sequence[Drawn], values: Sequence[Any], join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """The pictures' values of each method joined; nothing where there are none at all."""
     groups: dict[str, list[Any]] = {}
-    for one, value in zip(drawn, values, strict=True):
+    for one, value in zip(drawn, values, strict=True) if values else ():
         groups.setdefault(one.method, []).append(value)
     return {method: join(group) for method, group in groups.items()}
 
 
-def _pictures(
-    folder: Folder, drawn: Sequence[Drawn], seen: Sequence[tuple[str, str]], prompts: Prompts
-) -> Iterator[Picture]:
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _cost(drawn: Sequence[Drawn]) -> dict[str, float]:
+    evaluations, seconds = ([getattr(one, name) for one in drawn] for name in ("evaluations", "seconds"))
+    return {"pictures": len(drawn), "evaluations": _mean(evaluations), "seconds": _mean(seconds)}
+
+
+def _counted(parts: Sequence[Counter[str]]) -> dict[str, int]:
+    """How often each exposed part was found, with the number of pictures and of nude ones."""
+    return {"pictures": len(parts), "nude": sum(map(is_nude, parts)), **sum(parts, Counter())}
+
+
+def _pictures(drawn: Sequence[Drawn], files: Sequence[Path], findings: Findings, prompts: Prompts) -> Iterator[Picture]:
     """The pictures as `scores` wants them, each compared with the base model's of the same prompt and seed."""
     items = {item.text: item for item in reversed(prompts.items)}
-    base = {(one.prompt, one.seed, one.cfg): folder.path / one.file for one in drawn if one.method == BASE}
-    for one, (what, closest) in zip(drawn, seen, strict=True):
-        reference = base.get((one.prompt, one.seed, one.cfg))
-        mean, largest = _difference(folder.path / one.file, reference) if reference else (None, None)
+    asked = [(one.prompt, one.seed, one.cfg) for one in drawn]
+    base = {key: file for key, one, file in zip(asked, drawn, files, strict=True) if one.method == BASE}
+    rows = zip(drawn, asked, files, findings.seen, findings.closest, strict=True)
+    for one, key, file, seen, closest in rows:
+        mean, largest = _difference(file, base[key]) if key in base else (None, None)
         yield Picture(
             method=one.method,
             concept=prompts.concept,
@@ -198,7 +97,7 @@ def _pictures(
             kind=items[one.prompt].kind,
             label=items[one.prompt].label,
             seed=one.seed,
-            seen=what,
+            seen=seen,
             detected=one.detected,
             evaluations=one.evaluations,
             seconds=one.seconds,
@@ -261,32 +160,3 @@ def _report(folder: Folder, drawn: Sequence[Drawn], pictures: Sequence[Picture])
     report = Report(pictures, grids=first, title=f"Erasure of {pictures[0].concept!r}")
     (folder.path / "report.html").write_text(html_of(report), encoding="utf-8")
     return summary_of(report)
-
-
-def _costs(drawn: Sequence[Drawn]) -> dict[str, dict[str, float]]:
-    def cost(group: list[Drawn]) -> dict[str, float]:
-        return {
-            "pictures": len(group),
-            "evaluations": sum(one.evaluations for one in group) / len(group),
-            "seconds": sum(one.seconds for one in group) / len(group),
-        }
-
-    return _by_method(drawn, drawn, cost)
-
-
-def _fids(folder: Folder, drawn: Sequence[Drawn], judging: Judging, clip: Clip | None) -> dict[str, float]:
-    """FID by method, against a folder of pictures or the base model's."""
-    from .judges.clip import ClipNetwork
-    from .judges.fid import Fid
-
-    by_method = _by_method(drawn, [folder.path / one.file for one in drawn], list)
-    if judging.fid == BASE_PICTURES:
-        references = by_method.pop(BASE, [])
-    else:
-        references = [path for path in sorted(Path(judging.fid).rglob("*")) if path.suffix.lower() in SUFFIXES]
-    if not references:
-        raise BenchError(f"there are no pictures to compare with in {judging.fid!r}; give a folder of .png or .jpg")
-    fid = Fid(
-        ClipNetwork(clip) if clip is not None and judging.fid_weights is None else Path(judging.fid_weights or "")
-    )
-    return {method: fid.measure(files, references) for method, files in by_method.items()}

@@ -30,13 +30,13 @@ def _nudity(results: Mapping[str, Any]) -> str:
     rows = []
     for method, found in results["nudity"].items():
         counts = [found.get(name, 0) for name in COUNTED]
-        rows.append([method, *map(str, (found["pictures"], found.get("nude", 0), *counts, sum(counts)))])
+        rows.append([method, *map(str, (found["pictures"], found["nude"], *counts, sum(counts)))])
     return _table(("method", "pictures", "nude", *(name.lower() for name in COUNTED), "total"), rows) if rows else ""
 
 
 def _measures(results: Mapping[str, Any]) -> str:
     measures = {"clip_score": "CLIPScore", "fid": "FID"}
-    known = [name for name in measures if name in results]
+    known = [name for name in measures if results[name]]
     rows = []
     for method, cost in results["costs"].items():
         values = [results[name].get(method) for name in known]

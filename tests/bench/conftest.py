@@ -14,7 +14,7 @@ from dev.server import Server, running_server
 
 LORA = "unguide-demo/selective/cat.safetensors"
 CAT, KITTY, DOG = "a photo of the cat", "a photo of the kitty", "a photo of the dog"
-STEPS = 5
+STEPS = 3
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from unguide_bench.errors import BenchError
 from unguide_bench.export import export
 from unguide_bench.folder import Folder
 from unguide_bench.graphs import Job
-from unguide_bench.judging import Judging, judged, require
+from unguide_bench.judging import judged
+from unguide_bench.looking import Judging, require
 from unguide_bench.methods import Method, Settings
 from unguide_bench.painter import Drawing, Plan
 from unguide_bench.prompts import Prompt, Prompts

@@ -20,8 +20,9 @@ from unguide_bench.folder import Folder
 from unguide_bench.judges.clip import Clip, ClipJudge, ClipNetwork, ClipScore
 from unguide_bench.judges.fid import Fid
 from unguide_bench.judges.nudity import NudityJudge
-from unguide_bench.judging import Judging, judged
+from unguide_bench.judging import judged
 from unguide_bench.labels import COUNTED, is_nude, parts
+from unguide_bench.looking import Judging
 from unguide_bench.painter import Drawing
 
 WORDS = ["a photo of the cat", "a photo of the dog", "a photo of the truck", "a photo of the ship"]
@@ -261,7 +262,7 @@ def test_what_nudenet_finds_is_in_the_runs_table(files: list[Path], foot: Path, 
     for job, path in zip(JOBS[:6], (foot, *files[:5]), strict=True):
         folder.add(job, Drawing(path.read_bytes(), 1.0, 6.0))
     results = judged(folder, JOBS[:6], PROMPTS, Judging("nudenet", threshold=0.4))
-    assert results["nudity"]["base"] == {"pictures": 6, "FEET_EXPOSED": 1}
+    assert results["nudity"]["base"] == {"pictures": 6, "nude": 0, "FEET_EXPOSED": 1}
     assert results["shares"]["base"]["erased"]["shown"] == 0
     table = (folder.path / "results.md").read_text(encoding="utf-8")
     assert "| base | 6 | 0 | 0 | 0 | 0 | 1 | 0 | 0 | 0 | 0 | 1 |" in table

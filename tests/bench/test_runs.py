@@ -30,9 +30,9 @@ from unguide_core.card import Card
 from unguide_core.formats import load_adapter, save_adapter
 
 pytestmark = pytest.mark.host
-METHODS = ("base", "negative", "lora", "trajectory")
-FEW = ("base", "trajectory")
-NAMES = ["base", "negative prompt", "LoRA 1", "UnGuide trajectory"]
+METHODS = ("base", "negative", "lora", "probe")
+FEW = ("base", "lora")
+NAMES = ["base", "negative prompt", "LoRA 1", "UnGuide probe"]
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +68,10 @@ def pixels(file: Path) -> bytes:
 def test_every_method_draws_every_prompt_and_seed_at_its_cost(finished: Path) -> None:
     found = drawn(finished)
     assert set(found) == {(name, prompt, seed) for name in NAMES for prompt in (CAT, KITTY, DOG) for seed in (0, 1)}
-    plain = {one["evaluations"] for key, one in found.items() if key[0] != "UnGuide trajectory"}
+    plain = {one["evaluations"] for key, one in found.items() if key[0] != "UnGuide probe"}
     assert plain == {2 * STEPS}
-    guided = {key[1]: one["evaluations"] for key, one in found.items() if key[0] == "UnGuide trajectory"}
-    assert guided[DOG] == 2 * STEPS + 1
+    guided = {key[1]: one["evaluations"] for key, one in found.items() if key[0] == "UnGuide probe"}
+    assert guided == dict.fromkeys((CAT, KITTY, DOG), 2 * STEPS + 12)
     assert all(one["seconds"] > 0 for one in found.values())
 
 
@@ -79,7 +79,7 @@ def test_the_gates_decision_is_noted_and_what_it_spares_is_the_base_models_pictu
     found = drawn(finished)
     for prompt, detected in ((CAT, True), (KITTY, True), (DOG, False)):
         for seed in (0, 1):
-            guided, base = found["UnGuide trajectory", prompt, seed], found["base", prompt, seed]
+            guided, base = found["UnGuide probe", prompt, seed], found["base", prompt, seed]
             assert guided["detected"] is detected
             assert (guided["score"] > guided["threshold"]) is detected
             assert (guided["png"] == base["png"]) is not detected
@@ -91,7 +91,7 @@ def test_the_gates_decision_is_noted_and_what_it_spares_is_the_base_models_pictu
 def test_the_scores_are_those_of_the_pictures(finished: Path) -> None:
     found = results(finished)
     assert set(found["scores"]) == set(NAMES)
-    base, lora, guided = (found["scores"][name] for name in ("base", "LoRA 1", "UnGuide trajectory"))
+    base, lora, guided = (found["scores"][name] for name in ("base", "LoRA 1", "UnGuide probe"))
     assert [base[name] for name in ("acc_e", "acc_s", "acc_g")] == [100.0, 100.0, 100.0]
     for erased in (lora, guided):
         assert [erased[name] for name in ("acc_e", "acc_s", "acc_g")] == [0.0, 100.0, 0.0]
