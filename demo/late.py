@@ -3,7 +3,7 @@
     python -m demo.late --tokenizer ComfyUI/comfy/sd1_tokenizer
 
 After 0 steps is what `restart` draws. With the nodes' defaults, a look in the third of 20 steps, `continue` erases
-after 3. On the narrow model, which computes what the wide one does; prints a table in Markdown.
+after 2. On the narrow model, which computes what the wide one does; prints a table in Markdown.
 """
 
 from __future__ import annotations

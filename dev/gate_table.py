@@ -186,7 +186,7 @@ def _share(found: list[bool]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--set", default="selective", choices=("selective", "paper"))
-    parser.add_argument("--statistic", default="auto", choices=("auto", *STATISTICS), help="what decides")
+    parser.add_argument("--statistic", default="auto", choices=("auto", "either", *STATISTICS), help="what decides")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--pictures", type=int, default=20, help="noises for each prompt")
     parser.add_argument("--look-at", type=int, default=3, help=f"step of {STEPS}")

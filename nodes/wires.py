@@ -5,10 +5,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..unguide_comfy.deciding import AUTO, ProbeSettings
+from ..unguide_comfy.deciding import CHOICES, ProbeSettings
+from ..unguide_comfy.displacing import DISPLACEMENTS
 from ..unguide_comfy.gating import ON_DETECTION, Gate
 from ..unguide_comfy.outcomes import MODES
-from ..unguide_core.probe import POLICIES, STATISTICS
+from ..unguide_core.probe import POLICIES
 
 CATEGORY = "UnGuide"
 
@@ -67,7 +68,7 @@ def gate_inputs() -> list[Any]:
             "on_detection",
             options=list(ON_DETECTION),
             default=GATE.on_detection,
-            tooltip="In the gate mode 'trajectory', when the concept is found: continue erasing from the next step on, "
+            tooltip="In the gate mode 'trajectory', when the concept is found: continue erasing from that step on, "
             "or restart the picture from the first step.",
         ),
         advanced(
@@ -86,6 +87,15 @@ def gate_inputs() -> list[Any]:
             tooltip="Compute base and adapted predictions one after the other. They share a forward only where memory "
             "allows anyway; this forbids it.",
         ),
+        advanced(
+            io.Combo,
+            "displacement",
+            options=list(DISPLACEMENTS),
+            default=GATE.displacement,
+            tooltip="What erases. prompt: what the LoRA does to the prompt itself. concept: what it does to the "
+            "concept's own prompt, against text that was optimised to get past the LoRA; two more evaluations a step "
+            "where the concept is found. Best with the statistic 'either'.",
+        ),
     ]
 
 
@@ -93,7 +103,8 @@ def gate_from(
     options: dict[str, Any], neutral: Any, weight_detected: float, weight_otherwise: float, gate_mode: str
 ) -> Gate:
     """The gate that a node's inputs describe; API clients may leave out the advanced ones."""
-    of_gate = {name: options.pop(name) for name in ("on_detection", "look_again", "low_memory") if name in options}
+    own = ("on_detection", "look_again", "low_memory", "displacement")
+    of_gate = {name: options.pop(name) for name in own if name in options}
     settings = ProbeSettings(weight_detected=weight_detected, weight_otherwise=weight_otherwise, **options)
     return Gate(gate_mode, settings, neutral, **of_gate)
 
@@ -126,12 +137,13 @@ def probe_inputs() -> list[Any]:
         advanced(
             io.Combo,
             "statistic",
-            options=[AUTO, *STATISTICS],
+            options=list(CHOICES),
             default=DEFAULTS.statistic,
             tooltip="What decides. influence: the LoRA's effect on the prompt relative to its effect on the concept. "
             "patch: the same where it is strongest. alignment: does the prompt pull the picture where the concept's "
-            "own prompt pulls it. paper: the effect against that on the neutral prompt. auto: influence where the "
-            "LoRA's card is calibrated for it, else alignment.",
+            "own prompt pulls it. either: influence or alignment, against text that was optimised to hide the concept. "
+            "paper: the effect against that on the neutral prompt. auto: influence where the LoRA's card is calibrated "
+            "for it, else alignment.",
         ),
         advanced(
             io.Float,

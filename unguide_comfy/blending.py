@@ -35,7 +35,9 @@ class Run:
         evaluated: rows that the network has computed, by kind ("base", "adapted").
         asked_for: rows that the sampler asked for: what plain sampling would have computed.
         batchable: whether base and adapted rows may share a forward; found out on the way, or forbidden.
+        elsewhere: adapters that are no part of the blend: their displacement is added after it (`displacing`).
         watch: what looks at the run while it goes on (`watching.Watch`), None where nothing does.
+        displace: what adds those displacements to guided predictions (`displacing.Displacing`), None for nothing.
         looking: within a look, which adapter computes each conditioning of the call, None for the base model.
     """
 
@@ -44,7 +46,9 @@ class Run:
     evaluated: dict[str, int] = field(default_factory=lambda: {"base": 0, "adapted": 0})
     asked_for: int = 0
     batchable: bool = True
+    elsewhere: frozenset[int] = frozenset()
     watch: Any = None
+    displace: Any = None
     looking: tuple[int | None, ...] | None = None
     _modules: dict[int, dict[str, torch.nn.Module]] = field(default_factory=dict, repr=False)
     _cast: dict[tuple[int, torch.device, torch.dtype], Mapping[str, LowRank]] = field(default_factory=dict, repr=False)
@@ -53,8 +57,8 @@ class Run:
         self.weights = self.weights or [1.0] * len(self.layers)
 
     def active(self) -> list[int]:
-        """The adapters that take part: those whose weight is not 1 in every sample."""
-        return [i for i, weight in enumerate(self.weights) if not _is(weight, 1.0)]
+        """The adapters that take part in the blend: those whose weight is not 1 in every sample."""
+        return [i for i, weight in enumerate(self.weights) if i not in self.elsewhere and not is_all(weight, 1.0)]
 
     @contextmanager
     def predicting(self, adapters: Sequence[int | None]) -> Iterator[None]:
@@ -282,7 +286,8 @@ class Call:
         return self.model.memory_required(shape) * 1.5 < free
 
 
-def _is(weight: Weight, value: float) -> bool:
+def is_all(weight: Weight, value: float) -> bool:
+    """Whether a weight is a value in every sample."""
     return bool((weight == value).all()) if isinstance(weight, torch.Tensor) else weight == value
 
 

@@ -27,7 +27,8 @@ from .looking import Look, Wanted
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
+AUTO, EITHER = "auto", "either"
+CHOICES = (AUTO, EITHER, *STATISTICS)
 RELATIVE = ("patch", "influence")
 # without a calibration; measured over ten concepts: see docs/gate.md
 DEFAULT_THRESHOLDS = {
@@ -43,7 +44,8 @@ class ProbeSettings:
 
     Args:
         statistic: "patch", "influence", "alignment", "paper", or "auto": influence where the card's calibration
-            separates the concept from other prompts, else alignment, else what the inputs allow.
+            separates the concept from other prompts, else alignment, else what the inputs allow; "either" of influence
+            and alignment: text that was optimised to get past an adapter hardly moves it, and still pulls the picture.
         threshold: score at or above which the concept counts as detected; 0 takes the calibration's, or the
             statistic's own.
         false_alarm_rate: share of other prompts that a calibrated threshold may take for the concept.
@@ -67,8 +69,8 @@ class ProbeSettings:
     policy: str = BINARY
 
     def __post_init__(self) -> None:
-        if self.statistic not in (AUTO, *STATISTICS):
-            raise ValueError(f"unknown statistic {self.statistic!r}; expected auto, {', '.join(STATISTICS)}")
+        if self.statistic not in CHOICES:
+            raise ValueError(f"unknown statistic {self.statistic!r}; expected one of {', '.join(CHOICES)}")
         if self.policy not in POLICIES:
             raise ValueError(f"unknown policy {self.policy!r}; expected one of {', '.join(POLICIES)}")
         if not 0.0 < self.false_alarm_rate < 1.0:
@@ -165,18 +167,20 @@ class Case:
             return "a neutral prompt: connect an encoded empty prompt as 'neutral', or a CLIP to Load Erasure LoRA"
         return None
 
-    def _choose(self) -> tuple[str, str]:
-        """The statistic that decides, and why it is this one."""
+    def _choose(self) -> tuple[tuple[str, ...], str]:
+        """The statistics that decide, and why it is these."""
         asked = self.judge.settings.statistic
         if asked != AUTO:
-            lacking = self.missing(asked)
-            if lacking:
-                raise ValueError(f"the statistic {asked!r} of erasure LoRA {self.lora.name!r} needs {lacking}")
-            return asked, self._reason(asked, "as chosen")
+            names = ("influence", "alignment") if asked == EITHER else (asked,)
+            for name in names:
+                lacking = self.missing(name)
+                if lacking:
+                    raise ValueError(f"the statistic {name!r} of erasure LoRA {self.lora.name!r} needs {lacking}")
+            return names, self._reason(names[0], "or alignment, as chosen" if asked == EITHER else "as chosen")
         calibrated = self.threshold("influence").separates and self.missing("influence") is None
         for name in (*(("influence",) if calibrated else ()), "alignment", "influence", "paper"):
             if self.missing(name) is None:
-                return name, self._reason(name, "the best that inputs and card allow")
+                return (name,), self._reason(name, "the best that inputs and card allow")
         raise ValueError(f"no gate for erasure LoRA {self.lora.name!r}: it needs {self.missing('paper')}")
 
     def _reason(self, name: str, why: str) -> str:
@@ -191,10 +195,10 @@ class Case:
 
     def _beside(self) -> list[str]:
         """Statistics that are reported beside the deciding one: all that can be had, or those that cost no more."""
-        others = [name for name in STATISTICS if name != self.deciding]
+        others = [name for name in STATISTICS if name not in self.deciding]
         if self.judge.everything:
             return [name for name in others if self.missing(name) is None]
-        free = self.deciding in RELATIVE
+        free = self.deciding[0] in RELATIVE
         return [name for name in others if free and name in RELATIVE and self.card[name].baseline]
 
     def threshold(self, statistic: str) -> Threshold:
@@ -210,7 +214,7 @@ class Case:
 
     def wanted(self) -> Iterator[Wanted]:
         """The predictions that the statistics take."""
-        names = (self.deciding, *self.beside)
+        names = (*self.deciding, *self.beside)
         for entry in self.entries:
             if "alignment" in names:
                 neutral = self.judge.neutral_of(self.lora)
@@ -223,14 +227,18 @@ class Case:
     def found(self) -> Found:
         """The decisions, with maps where the adapter was evaluated."""
         samples: list[int | None] = list(range(len(self.look.latent))) if self.judge.by_sample else [None]
-        values = {name: [self._values(name, entry) for entry in self.entries] for name in (self.deciding, *self.beside)}
+        names = (*self.deciding, *self.beside)
+        values = {name: [self._values(name, entry) for entry in self.entries] for name in names}
         decisions = tuple(self._decision(values, sample) for sample in samples)
         return Found(decisions, self._maps(samples), self.look.level)
 
     def _decision(self, values: dict[str, list[torch.Tensor]], sample: int | None) -> Decision:
         settings = self.judge.settings
+        statistics = [self._statistic(name, of_entries, sample) for name, of_entries in values.items()]
+        count = len(self.deciding)
+        leading = sorted(statistics[:count], key=lambda one: one.score / one.threshold, reverse=True)
         return decide_by(
-            [self._statistic(name, of_entries, sample) for name, of_entries in values.items()],
+            [*leading, *statistics[count:]],
             settings.weight_detected,
             settings.weight_otherwise,
             policy=settings.policy,
@@ -281,7 +289,7 @@ class Case:
 
     def _maps(self, samples: Sequence[int | None]) -> tuple[torch.Tensor, ...] | None:
         """Where the adapter acts on the prompt, relative to its strongest patch on the concept's own prompt."""
-        if self.deciding == "alignment" and not set(self.beside) - {"alignment"}:
+        if self.deciding == ("alignment",) and not set(self.beside) - {"alignment"}:
             return None
         if self.missing("patch") is not None:
             return None

@@ -20,6 +20,7 @@ from ..unguide_core.probe import Decision
 from .blending import Run, Weight, blended_prediction
 from .context import Context, carrying
 from .deciding import Found, Judge, ProbeSettings
+from .displacing import CONCEPT, DISPLACEMENTS, PROMPT, Displacing
 from .erasure import Conditioning, ErasureLora
 from .identity import model_key
 from .looking import Look
@@ -44,8 +45,10 @@ class Gate:
             and weights included; "fixed" always uses `settings.weight_detected`.
         settings: of the probe, and the two weights.
         neutral: the neutral prompt's conditioning, None for the erasure LoRA's own.
-        on_detection: of the mode "trajectory": "continue" after the step of the decision, or "restart" from the first.
+        on_detection: of the mode "trajectory": "continue" from the step of the decision on, or "restart" from the first.
         look_again: of the mode "trajectory": steps after which to look again where nothing was found; 0 looks once.
+        displacement: whose displacement by the adapter erases: the "prompt"'s own, as in the paper, or that of the
+            "concept"'s own prompt, against text that was optimised to get past the adapter. Not of the mode "official".
         low_memory: never compute base and adapted rows in one forward.
         start: of the mode "official": what its probe otherwise draws at random.
     """
@@ -55,6 +58,7 @@ class Gate:
     neutral: Conditioning | None = None
     on_detection: str = CONTINUE
     look_again: int = 0
+    displacement: str = PROMPT
     low_memory: bool = False
     start: Start | None = None
 
@@ -63,6 +67,11 @@ class Gate:
             raise ValueError(f"unknown gate mode {self.mode!r}; expected one of {', '.join(MODES)}")
         if self.on_detection not in ON_DETECTION:
             raise ValueError(f"unknown on_detection {self.on_detection!r}; expected one of {', '.join(ON_DETECTION)}")
+        if self.displacement not in DISPLACEMENTS:
+            known = ", ".join(DISPLACEMENTS)
+            raise ValueError(f"unknown displacement {self.displacement!r}; expected one of {known}")
+        if self.displacement == CONCEPT and self.mode == OFFICIAL:
+            raise ValueError("the gate mode 'official' knows no displacement on the concept's prompt; use 'prompt'")
         if self.look_again < 0:
             raise ValueError(f"look_again is {self.look_again}; expected 0 (look once) or a number of steps")
 
@@ -99,8 +108,14 @@ def guided(
         decisions: made before (by the Stability Probe node), one per erasure LoRA, used instead of probes.
         observer: called with the report after every sampling run.
     Raises: AdapterError if an adapter does not fit the model; ValueError if a decision was made for another model or
-        adapter.
+        adapter, or the gate needs the concept's prompt and has none.
     """
+    for lora in loras:
+        if gate.displacement == CONCEPT and lora.concept is None:
+            raise ValueError(
+                f"the displacement on the concept's prompt needs that prompt for {lora.name!r}, encoded: connect a "
+                "CLIP to Load Erasure LoRA, and name the concept there"
+            )
     clone, earlier = without_gates(model)
     if decisions is not None:
         _check_decisions(decisions, loras, clone)
@@ -183,10 +198,12 @@ class GatedSampling:
         run = Run(
             tuple(branch.layers for branch in self.branches),
             batchable=not any(branch.gate.low_memory for branch in self.branches),
+            elsewhere=frozenset(i for i, b in enumerate(self.branches) if b.gate.displacement == CONCEPT),
         )
         extra_args = carrying(extra_args, run)
         key = model_key(guider.model_patcher)
         context = Context(guider, run, extra_args["model_options"], key, latent_image, denoise_mask)
+        run.displace = Displacing(context, [b.lora for b in self.branches]) if run.elsewhere else None
         gates = GatedRun(self.branches, context)
 
         def sample() -> torch.Tensor:
@@ -353,6 +370,7 @@ class GatedRun:
                 _weights(self.run.weights[i]),
                 self.found[i],
                 self.steps[i],
+                branch.gate.displacement,
             )
             for i, branch in enumerate(self.branches)
         )

@@ -11,6 +11,7 @@ from server import PromptServer
 
 from ..unguide_core.probe import Decision
 from .deciding import Found
+from .displacing import PROMPT
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class Outcome:
         weights: the base model's in the blend, likewise.
         found: the look that decided, None where the decision was given.
         step: of the sampling run, from 0, at which that look was; None where it was before the first.
+        displacement: whose displacement by the adapter erases, see `gating.Gate`.
     """
 
     lora: str
@@ -37,6 +39,7 @@ class Outcome:
     weights: tuple[float, ...]
     found: Found | None = None
     step: int | None = None
+    displacement: str = PROMPT
 
     @property
     def decision(self) -> Decision | None:

@@ -43,6 +43,7 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
         "mode": outcome.mode,
         "why": "" if decision is None else decision.reason,
         "weight": min(outcome.weights),
+        "displacement": outcome.displacement,
         "step": None if outcome.step is None else outcome.step + 1,
         "sigma": None if found is None else round(found.sigma, 5),
         "decision": None if decision is None else json.loads(decision.to_json()),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .blending import RUN, Run
+from .blending import RUN, Run, Weight
 from .context import Context, is_everywhere
 from .looking import Look
 
@@ -54,11 +54,14 @@ class Watch:
             return float(sigma.max()) <= self.sigma * TOLERANCE
         return self.step_of(sigma) >= self.next_step
 
-    def look(self, conds: Sequence[Any], out: Sequence[torch.Tensor], x: torch.Tensor, sigma: torch.Tensor) -> None:
-        """Decides at this latent, with the predictions `out` for `conds` at hand: the base model's, if none blends."""
-        step = self.step_of(sigma)
-        self.next_step = step + self.again
-        blending = bool(self.context.run.active())
+    def look(self, conds: Sequence[Any], out: Sequence[torch.Tensor], x: torch.Tensor, sigma: torch.Tensor) -> bool:
+        """Decides at this latent, with the predictions `out` for `conds` at hand: the base model's, if none blends.
+
+        Returns: whether a weight has changed.
+        """
+        run, step = self.context.run, self.step_of(sigma)
+        before, self.next_step = _plain(run.weights), step + self.again
+        blending = bool(run.active())
         known = {
             id(entries[0]): prediction
             for entries, prediction in zip(conds, out, strict=True)
@@ -66,7 +69,8 @@ class Watch:
         }
         undecided = self.decide(Look(self.context, x, sigma, known), step)
         if not (undecided and self.again):
-            self.context.run.watch = None
+            run.watch = None
+        return _plain(run.weights) != before
 
 
 def watched_conditionals(
@@ -77,10 +81,26 @@ def watched_conditionals(
     sigma: torch.Tensor,
     model_options: dict[str, Any],
 ) -> list[torch.Tensor]:
-    """The predictions for all conditionings; the host's signature of a `CALC_COND_BATCH` wrapper."""
-    out = executor(model, conds, x, sigma, model_options)
+    """The predictions for all conditionings; the host's signature of a `CALC_COND_BATCH` wrapper.
+
+    What a look finds is erased from this very prediction on, which is then computed anew.
+    """
+
+    def predict() -> list[torch.Tensor]:
+        return executor(model, conds, x, sigma, model_options)
+
+    out = predict()
     run: Run | None = model_options.get("transformer_options", {}).get(RUN)
-    watch: Watch | None = None if run is None else run.watch
-    if run is not None and watch is not None and run.looking is None and watch.due(sigma):
-        watch.look(conds, out, x, sigma)
-    return out
+    if run is None or run.looking is not None:
+        return out
+    watch: Watch | None = run.watch
+    if watch is not None and watch.due(sigma) and watch.look(conds, out, x, sigma):
+        asked_for = run.asked_for
+        out = predict() if run.active() else out
+        run.asked_for = asked_for
+    return out if run.displace is None else run.displace(conds, out, x, sigma)
+
+
+def _plain(weights: Sequence[Weight]) -> list[Any]:
+    """Weights as numbers, to compare."""
+    return [torch.as_tensor(weight).tolist() for weight in weights]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from dev.benchmark.methods import alone, gate, gated, methods
 from dev.benchmark.studio import LOOK_AT, STEPS, Drawing, Studio, judged, studio
 from unguide_bench.scores import BASE, ERASED, OTHER, SYNONYM, Picture, read_pictures, write_pictures
 
-TIMES = 3
+TIMES = 2
 ATTACKS, ATTACK_SEEDS = "attacks", 8
 LOOK_AGAIN = 3
 """Steps between the looks of a gate that looks again."""
 LOOKING_AGAIN = f"{gated('selective', 'trajectory')}, looking again"
+GUARDED = f"{gated('selective', 'trajectory')}, either and concept"
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,20 @@ def draw_attacks(plan: Plan, concept: str) -> None:
                 for method, model in ((BASE, studio_.model), (alone("selective", 1.0), merged)):
                     drawing = studio_.draw(model, trial.positive, seeds, **trial.drawing)
                     records += _attacked(studio_, method, concept, attack, trial, seeds, drawing)
-                for method, again in ((gated("selective", "trajectory"), 0), (LOOKING_AGAIN, LOOK_AGAIN)):
-                    chosen = gate(studio_, "trajectory", again)
+                plain = gate(studio_, "trajectory")
+                for method, chosen in (
+                    (gated("selective", "trajectory"), plain),
+                    (LOOKING_AGAIN, replace(plain, look_again=LOOK_AGAIN)),
+                    (GUARDED, guarded(plain)),
+                ):
                     drawing = studio_.guided(lora, trial.positive, seeds, chosen, **trial.drawing)
                     records += _attacked(studio_, method, concept, attack, trial, seeds, drawing)
     write_pictures(records, plan.file(ATTACKS, concept))
+
+
+def guarded(gate_: Any) -> Any:
+    """A gate that decides by influence or alignment, and erases by the displacement on the concept's own prompt."""
+    return replace(gate_, settings=replace(gate_.settings, statistic="either"), displacement="concept")
 
 
 def _attacked(

@@ -64,7 +64,7 @@ def draw_replaced(studio: Studio, concept: str, prompt: str, seeds: Sequence[int
     return replace(look, latents=latents, rows=rows)
 
 
-def gate(studio: Studio, mode: str, look_again: int = 0) -> Any:
+def gate(studio: Studio, mode: str) -> Any:
     """A gate with the settings that all methods share."""
     official = mode == "official"
     settings = studio.deciding.ProbeSettings(
@@ -72,7 +72,7 @@ def gate(studio: Studio, mode: str, look_again: int = 0) -> Any:
         schedule_steps=STEPS,
         **({"repeats": OFFICIAL_REPEATS} if official else {}),
     )
-    return studio.gating.Gate(mode, settings, look_again=look_again)
+    return studio.gating.Gate(mode, settings)
 
 
 def _alone(kind: str, strength: float) -> Method:

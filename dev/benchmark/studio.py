@@ -15,9 +15,9 @@ from dev.narrow_host import load_narrow_model, narrow_lora
 from dev.pack import pack_module, start_host
 
 CHECKPOINT = "unguide-demo.safetensors"
-CFG, STEPS, SAMPLER, SCHEDULER = 4.0, 12, "euler", "normal"
+CFG, STEPS, SAMPLER, SCHEDULER = 4.0, 10, "euler", "normal"
 LOOK_AT = 1
-"""The step after which gates look: a tenth of the schedule, as with the nodes' defaults, rounded down."""
+"""The step after which gates look: a tenth of the schedule, as with the nodes' defaults."""
 LATENT = (4, 8, 8)
 
 

@@ -261,7 +261,7 @@ def test_evaluations_are_counted(prompt, base, adapted, demo, demo_lora):
         ("probe", "continue", UNRELATED[0], 60, 12),
         ("probe", "continue", CONCEPT, 60, 12),
         ("trajectory", "continue", UNRELATED[0], 60, 1),
-        ("trajectory", "continue", CONCEPT, 60, 1),
+        ("trajectory", "continue", CONCEPT, 62, 1),  # the step of the decision is computed twice
         ("trajectory", "restart", CONCEPT, 68, 1),
     ],
 )
@@ -344,7 +344,7 @@ def test_restarting_gives_the_picture_that_is_erased_from_the_start(sampler, dem
     assert reports[0].evaluations["adapted"] == 2 * STEPS
 
 
-def test_continuing_erases_from_the_next_step_on(demo, demo_lora):
+def test_continuing_erases_from_the_step_of_the_decision_on(demo, demo_lora):
     reports: list[Any] = []
     base = ksampler(demo.model, demo.encode(CONCEPT), demo.encode(""))
     erased = ksampler(watched(demo, demo_lora, reports), demo.encode(CONCEPT), demo.encode(""))
