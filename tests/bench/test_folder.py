@@ -148,7 +148,7 @@ def test_clips_weights_are_asked_for_before_anything_is_drawn(options: dict) -> 
     [
         ({"judge": "clip", "clip": Path("nowhere")}, "CLIP folder nowhere has no config.json, no model.safetensors or"),
         ({"fid": "nowhere", "clip": Path("nowhere")}, "no folder nowhere to compare with"),
-        ({"fid": "base", "fid_weights": Path("nowhere.pth")}, "no file nowhere.pth; give torch-fidelity's"),
+        ({"fid": "base", "fid_weights": Path("nowhere.pth")}, "no file nowhere.pth; give InceptionV3's weights"),
     ],
 )
 def test_what_a_judge_lacks_is_told_before_anything_is_drawn(options: dict, words: str) -> None:

@@ -121,6 +121,25 @@ def test_one_class_is_no_choice(clip: Clip) -> None:
         ClipJudge(clip, ["cat"])
 
 
+def test_a_run_is_scored_by_clip_with_clipscore_and_fid_beside(
+    clip: Clip, clip_folder: Path, files: list[Path], tmp_path: Path
+) -> None:
+    folder = Folder(tmp_path / "run", SETTINGS)
+    folder.begin(SETTINGS, PLAN)
+    for job, path in zip(JOBS, (*files[:6], *files[:5], files[6]), strict=True):
+        folder.add(job, Drawing(path.read_bytes(), 1.0, 6.0))
+    results = judged(folder, JOBS, PROMPTS, Judging("clip", clip=clip_folder, clip_score=True, fid="base"))
+    seen = ClipJudge(clip, ["cat", "dog"]).see(files[:6])
+    base = results["scores"]["base"]
+    assert base["acc_e"] == 50 * seen[:2].count("cat")
+    assert base["acc_s"] == 50 * seen[4:].count("dog")
+    expected = ClipScore(clip).measure(files[:6], [job.prompt for job in JOBS[:6]])
+    assert results["clip_score"]["base"] == pytest.approx(sum(expected) / 6)
+    assert results["fid"] == {"UnGuide trajectory": Fid(ClipNetwork(clip)).measure([*files[:5], files[6]], files[:6])}
+    assert "CLIPScore | FID |" in results["tables"]
+    assert (folder.path / "report.html").stat().st_size > 1000
+
+
 # ---------------------------------------------------------------- FID
 
 
