@@ -110,6 +110,6 @@ def _started(address: str, workers: int) -> Any:
             runtime_env={"env_vars": {"PYTHONPATH": root}},
             log_to_driver=False,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of a node that does not start in time Ray raises no more special one
         raise BenchError(f"{absent} ({error})") from error
     return ray

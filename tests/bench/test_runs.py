@@ -210,7 +210,7 @@ def kill_one_worker() -> None:
     workers = [
         child for child in psutil.Process().children(recursive=True) if "ray::Worker" in " ".join(child.cmdline())
     ]
-    assert len(workers) == 2
+    assert workers
     workers[0].kill()
 
 
