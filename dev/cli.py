@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from dev.api import ApiError
 from dev.report import DevError, Progress
 
 # in the order in which a newcomer wants them; any other module of dev/commands comes after these
@@ -74,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     except DevError as error:
         print(f"dev: {error}", file=sys.stderr)
         return error.code
+    except ApiError as error:
+        print(f"dev: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("dev: stopped", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -16,7 +16,7 @@ from typing import Any
 
 from demo.captions import CLASSES, SYNONYMS
 from dev import workflow
-from dev.api import Graph
+from dev.api import Graph, seconds_of
 from dev.host import Host
 from dev.pip import clean_environment
 from dev.report import DevError, Progress
@@ -186,12 +186,6 @@ def prepared(graph: Graph, prompt: str, seed: int, lora: str) -> Graph:
         if isinstance(inputs.get(seed_input), int):
             inputs[seed_input] = seed
     return changed
-
-
-def seconds_of(entry: dict[str, Any]) -> float:
-    """How long the server worked on a finished prompt."""
-    times = {kind: details["timestamp"] for kind, details in entry["status"]["messages"] if "timestamp" in details}
-    return round((times["execution_success"] - times["execution_start"]) / 1000.0, 3)
 
 
 def judge_and_draw(host: Host, concept: str, rows: list[Row], pictures: list[Picture], output: Path) -> None:

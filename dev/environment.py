@@ -1,4 +1,5 @@
-"""The virtual environment of a pinned ComfyUI: its requirements, unguide_train's, and the tools for test and lint.
+"""The virtual environment of a pinned ComfyUI: its requirements, unguide_train's and unguide_bench's, and the tools
+for test and lint.
 
 pip decides which build of torch fits the machine: it takes a CPU build where the package index (or an extra index that
 pip is set to) has one, else the plain one. The registry's torchvision and torchaudio are CUDA builds; beside a CPU
@@ -92,14 +93,20 @@ def install(python: Path, wanted: list[str], logs: Path, progress: Progress) -> 
     )
     listed = logs / "requirements.txt"
     cache.write_atomically(listed, "\n".join(wanted) + "\n")
-    progress(f"installing ComfyUI's {len(wanted)} requirements, unguide_train's and the test tools")
-    ours = [str(REQUIREMENTS / name) for name in ("tools.txt", "train.txt")]
+    progress(f"installing ComfyUI's {len(wanted)} requirements, unguide_train's, unguide_bench's and the test tools")
+    ours = [str(REQUIREMENTS / name) for name in ("tools.txt", "train.txt", "bench.txt")]
     pip(
         python,
         *("install", "--requirement", str(listed), *(part for name in ours for part in ("--requirement", name))),
         *("--constraint", constraints, "--constraint", torch),
         log=logs / "pip-requirements.log",
         purpose="installing ComfyUI's requirements",
+    )
+    pip(
+        python,
+        *("install", "--no-deps", "--requirement", str(REQUIREMENTS / "alone.txt")),
+        log=logs / "pip-alone.log",
+        purpose="installing what stands alone",
     )
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dev.api import Api
+from dev.api import Api, ApiError
 from dev.host import Host
 from dev.pip import clean_environment
 from dev.report import DevError
@@ -108,7 +108,7 @@ class Server:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             self.check()
-            with contextlib.suppress(DevError, OSError, ValueError):
+            with contextlib.suppress(ApiError, OSError, ValueError):
                 self.api.get("/system_stats")
                 return
             time.sleep(0.2)

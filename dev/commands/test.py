@@ -15,7 +15,7 @@ from dev.workspace import PACK
 SUMMARY = "run the whole test suite in a real ComfyUI (arguments go to pytest)"
 EXTRA = "any other arguments are pytest's (-k golden -s, tests/host)"
 # not `python -m pytest`: that puts the pack's folder first on the path, where nodes/ hides ComfyUI's nodes.py
-MODULES = ("pytest", "hypothesis", "diffusers", "peft")
+MODULES = ("pytest", "hypothesis", "diffusers", "peft", "ray", "nudenet", "torchmetrics", "matplotlib")
 START = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
 
 

@@ -1,4 +1,6 @@
-"""The direction of dependencies: unguide_core <- unguide_comfy <- nodes, unguide_core <- unguide_train, no other."""
+"""The direction of dependencies: unguide_core <- unguide_comfy <- nodes, unguide_core <- unguide_train, no other.
+
+unguide_bench stands beside them: it asks a running ComfyUI, and of the demo it has the judge."""
 
 import ast
 import subprocess
@@ -10,8 +12,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "node_helpers", "server"}
-OURS = {"unguide_core", "unguide_comfy", "unguide_train", "nodes", "demo", "dev", "tests"}
-EXTRAS = {"accelerate", "diffusers", "matplotlib", "peft", "pydantic", "ray", "transformers", "yaml"}
+OURS = {"unguide_core", "unguide_comfy", "unguide_train", "unguide_bench", "nodes", "demo", "dev", "tests"}
+EXTRAS = {"accelerate", "diffusers", "matplotlib", "nudenet", "peft", "pydantic", "ray", "torchmetrics", "transformers"}
+EXTRAS |= {"jinja2", "yaml"}
 
 # what each package may not import, neither at import time nor inside a function
 FORBIDDEN = {
@@ -19,6 +22,7 @@ FORBIDDEN = {
     "unguide_comfy": OURS - {"unguide_core", "unguide_comfy"} | EXTRAS,
     "nodes": OURS - {"unguide_core", "unguide_comfy", "nodes"} | EXTRAS | {"numpy", "PIL", "safetensors"},
     "unguide_train": OURS - {"unguide_core", "unguide_train"} | HOST,
+    "unguide_bench": OURS - {"unguide_core", "unguide_bench", "demo"} | HOST,
 }
 
 
@@ -75,6 +79,17 @@ def test_the_core_imports_itself_relatively_for_the_host_loads_the_pack_under_a_
 def test_the_demo_knows_the_host_only_where_it_trains():
     paths = [path for path in modules("demo") if not path.stem.startswith("train")]
     assert violations(paths, HOST | {"unguide_comfy", "unguide_train", "nodes"}) == []
+
+
+def test_the_benchmarks_client_needs_the_standard_library_alone_for_dev_shares_it():
+    standard = {*sys.stdlib_module_names, "unguide_bench"}
+    paths = [REPOSITORY / "unguide_bench" / f"{name}.py" for name in ("__init__", "api", "errors", "labels")]
+    assert [(path.name, name) for path in paths for _, name in imports(path) if name not in standard] == []
+
+
+def test_only_the_judge_of_the_demo_knows_the_demo():
+    paths = [path for path in modules("unguide_bench") if path.name != "demo.py"]
+    assert violations(paths, {"demo"}) == []
 
 
 def test_the_packs_root_imports_nothing_of_the_host_at_import_time():

@@ -1,0 +1,176 @@
+"""A run's folder: what is kept, what is drawn again, what is refused; and what is read out of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unguide_bench.drawing import Servers, draw_missing, jobs_of
+from unguide_bench.errors import BenchError
+from unguide_bench.export import export
+from unguide_bench.folder import Folder
+from unguide_bench.graphs import Job
+from unguide_bench.judging import judged
+from unguide_bench.looking import Judging, require
+from unguide_bench.methods import Method, Settings
+from unguide_bench.painter import Drawing, Plan
+from unguide_bench.prompts import Prompt, Prompts
+from unguide_bench.scores import read_pictures
+
+SETTINGS = Settings("a.safetensors", "b.safetensors", steps=3, size=64)
+PLAN = Plan(SETTINGS, lora_by_host=True, plain={True: 6.0}, gate={"gate_mode": "trajectory"})
+CAT, KITTY, DOG = "a photo of the cat", "a photo of the kitty", "a photo of the dog"
+PROMPTS = Prompts(
+    "cat", (Prompt(CAT, "erased", "cat", 0), Prompt(KITTY, "synonym", "cat", 1), Prompt(DOG, "other", "dog", 2)), CAT
+)
+BASE, GUIDED = Method("base"), Method("trajectory")
+JOBS = jobs_of(PROMPTS, (BASE, GUIDED), (0, 1), 7.5)
+
+
+def png(value: int) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(data, "PNG")
+    return data.getvalue()
+
+
+def filled(path: Path, jobs: list[Job] = JOBS) -> Folder:
+    """A folder with a grey picture for each job; the guided ones are 3 levels brighter where the concept is found."""
+    folder = Folder(path, SETTINGS)
+    folder.begin(SETTINGS, PLAN)
+    for job in jobs:
+        found = job.prompt != DOG
+        if job.method == BASE:
+            folder.add(job, Drawing(png(100), 1.0, 6.0))
+        else:
+            folder.add(job, Drawing(png(100 + 3 * found), 1.5, 7.0, found, 0.9 if found else 0.1, 0.5))
+    return folder
+
+
+def test_jobs_go_through_one_method_after_the_other_and_a_prompts_own_seed_and_guidance_win() -> None:
+    prompts = Prompts("x", (Prompt("p", "erased", "x", 0), Prompt("q", "erased", "x", 1, seed=42, cfg=3.0)))
+    jobs = jobs_of(prompts, (BASE, GUIDED), (0, 1), 7.5)
+    own = [("p", 0, 7.5), ("p", 1, 7.5), ("q", 42, 3.0)]
+    assert [(job.prompt, job.seed, job.cfg) for job in jobs] == own * 2
+    assert [job.method for job in jobs] == [BASE] * 3 + [GUIDED] * 3
+
+
+def test_what_is_drawn_is_known_after_a_restart(tmp_path: Path) -> None:
+    before = filled(tmp_path / "run", JOBS[:5])
+    again = Folder(tmp_path / "run", SETTINGS)
+    assert again.drawn == before.drawn
+    assert again.missing(JOBS) == JOBS[5:]
+    assert again.missing([JOBS[5], JOBS[5]]) == [JOBS[5]]
+    draw_missing(again, SETTINGS, JOBS[:5], CAT, Servers(()))  # nothing is missing, so no server is asked
+    with pytest.raises(BenchError, match=r"7 pictures are missing in .*; give a ComfyUI with --server"):
+        draw_missing(again, SETTINGS, JOBS, CAT, Servers(()))
+
+
+def test_a_run_that_was_cut_off_in_the_middle_of_a_line_draws_that_picture_again(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "run", JOBS[:3])
+    lines = folder.path / "drawn.jsonl"
+    lines.write_bytes(lines.read_bytes()[:-20])
+    again = Folder(folder.path, SETTINGS)
+    assert again.missing(JOBS[:3]) == [JOBS[2]]
+    again.add(JOBS[2], Drawing(png(100), 1.0, 6.0))
+    assert Folder(folder.path, SETTINGS).missing(JOBS[:3]) == []
+
+
+def test_a_picture_whose_file_is_gone_is_drawn_again(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "run", JOBS[:3])
+    (folder.path / folder.drawn["base", KITTY, 0, 7.5].file).unlink()
+    assert Folder(folder.path, SETTINGS).missing(JOBS[:3]) == [JOBS[2]]
+
+
+def test_a_damaged_line_elsewhere_is_told(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "run", JOBS[:2])
+    lines = folder.path / "drawn.jsonl"
+    lines.write_text("what\n" + lines.read_text())
+    with pytest.raises(BenchError, match=r"drawn.jsonl, line 1 is damaged"):
+        Folder(folder.path, SETTINGS)
+
+
+def test_other_settings_than_the_folders_are_refused_by_name(tmp_path: Path) -> None:
+    filled(tmp_path / "run", JOBS[:1])
+    with pytest.raises(BenchError, match=r"steps 3 \(now 50\); size 64 \(now 512\); choose another folder"):
+        Folder(tmp_path / "run", replace(SETTINGS, steps=50, size=512))
+
+
+def test_a_server_that_would_draw_otherwise_than_before_is_refused(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "run", JOBS[:1])
+    with pytest.raises(BenchError, match=r"drawn with .*\"trajectory\".* now draws with .*\"probe\""):
+        folder.begin(SETTINGS, replace(PLAN, gate={"gate_mode": "probe"}))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "holiday.png").write_bytes(b"x")
+    with pytest.raises(BenchError, match="no folder of a run"):
+        Folder(tmp_path, SETTINGS)
+    with pytest.raises(BenchError, match="no folder of a run"):
+        Folder(tmp_path / "holiday.png", SETTINGS)
+    assert list(tmp_path.iterdir()) == [tmp_path / "holiday.png"]
+
+
+def test_without_a_judge_costs_and_differences_are_found(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "run")
+    results = judged(folder, JOBS, PROMPTS, Judging())
+    assert results["costs"]["base"] == {"pictures": 6, "evaluations": 6.0, "seconds": 1.0}
+    assert results["costs"]["UnGuide trajectory"]["evaluations"] == 7.0
+    assert (results["scores"], results["shares"]) == ({}, {})
+    pictures = list(read_pictures(folder.path / "pictures.jsonl"))
+    apart = {(p.method, p.prompt): (p.difference, p.max_difference) for p in pictures}
+    assert apart["UnGuide trajectory", DOG] == (0.0, 0.0)
+    assert apart["UnGuide trajectory", CAT] == (3.0, 3.0)
+    assert {p.detected for p in pictures if p.method == "base"} == {None}
+    assert json.loads((folder.path / "results.json").read_text())["concept"] == "cat"
+    assert "| UnGuide trajectory | 6 | 7.0 | 1.50 |" in (folder.path / "results.md").read_text()
+
+
+def test_a_folder_without_pictures_has_nothing_to_judge(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="there are no pictures"):
+        judged(Folder(tmp_path / "run", SETTINGS), JOBS, PROMPTS, Judging())
+
+
+@pytest.mark.parametrize("options", [{"judge": "clip"}, {"clip_score": True}, {"fid": "base"}])
+def test_clips_weights_are_asked_for_before_anything_is_drawn(options: dict) -> None:
+    with pytest.raises(BenchError, match="give the folder of a download with --clip"):
+        Judging(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"judge": "clip", "clip": Path("nowhere")}, "CLIP folder nowhere has no config.json, no model.safetensors or"),
+        ({"fid": "nowhere", "clip": Path("nowhere")}, "no folder nowhere to compare with"),
+        ({"fid": "base", "fid_weights": Path("nowhere.pth")}, "no file nowhere.pth; give InceptionV3's weights"),
+    ],
+)
+def test_what_a_judge_lacks_is_told_before_anything_is_drawn(options: dict, words: str) -> None:
+    with pytest.raises(BenchError, match=words):
+        require(Judging(**options))
+
+
+def test_pictures_are_exported_as_others_tools_want_them(tmp_path: Path) -> None:
+    folder = filled(tmp_path / "run")
+    assert export(folder, JOBS, PROMPTS, tmp_path / "out") == {"base": 6, "UnGuide trajectory": 6}
+    with open(tmp_path / "out" / "base" / "prompts.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[4] == {
+        "case_number": "4",
+        "prompt": DOG,
+        "evaluation_seed": "0",
+        "evaluation_guidance": "7.5",
+        "classes": "dog",
+    }
+    for row in rows:
+        file = tmp_path / "out" / "base" / row["classes"] / f"{int(row['case_number']):05d}.png"
+        drawn = folder.drawn["base", row["prompt"], int(row["evaluation_seed"]), 7.5]
+        assert file.read_bytes() == (folder.path / drawn.file).read_bytes()
+    with pytest.raises(BenchError, match="no empty folder; choose another with --export"):
+        export(folder, JOBS, PROMPTS, tmp_path / "out")

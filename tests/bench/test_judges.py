@@ -1,0 +1,287 @@
+"""The judges, each on pictures made here; nothing is fetched."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nudenet import nudenet
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+from dev.host import Host
+from tests.bench.test_folder import JOBS, PLAN, PROMPTS, SETTINGS
+from unguide_bench.errors import BenchError
+from unguide_bench.folder import Folder
+from unguide_bench.judges.clip import Clip, ClipJudge, ClipNetwork, ClipScore
+from unguide_bench.judges.fid import Fid
+from unguide_bench.judges.nudity import NudityJudge
+from unguide_bench.judging import judged
+from unguide_bench.labels import COUNTED, is_nude, parts
+from unguide_bench.looking import Judging
+from unguide_bench.painter import Drawing
+
+WORDS = ["a photo of the cat", "a photo of the dog", "a photo of the truck", "a photo of the ship"]
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP of a few thousand weights a layer, random, in the files of a download."""
+    folder = tmp_path_factory.mktemp("clip")
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
+    config = CLIPConfig(
+        text_config={**small, **tokens, "vocab_size": 49408, "max_position_embeddings": 77},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=8,
+    )
+    torch.manual_seed(3)
+    model = CLIPModel(config)
+    model.visual_projection.weight.data.normal_()
+    model.text_projection.weight.data.normal_()
+    model.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    for name in TOKENIZER:
+        shutil.copyfile(Host.from_environment().comfyui / "comfy" / "sd1_tokenizer" / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(clip_folder: Path) -> Clip:
+    return Clip(clip_folder)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Pictures of noise around a colour each."""
+    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    paths = [folder / f"{number}.png" for number in range(12)]
+    for path in paths:
+        pixels = noise.integers(0, 256, 3) * 0.7 + noise.integers(0, 256, (64, 64, 3)) * 0.3
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return paths
+
+
+# ---------------------------------------------------------------- CLIP
+
+
+@pytest.fixture(scope="module")
+def logits(clip: Clip, files: list[Path]) -> Tensor:
+    """transformers' own of every picture with every text of WORDS: a multiple of their cosines."""
+    inputs = clip.words(WORDS, padding=True, return_tensors="pt")
+    pixels = clip.look(images=[Image.open(file) for file in files], return_tensors="pt")
+    return clip.model(**inputs, **pixels).logits_per_image
+
+
+def test_clip_sees_the_class_that_transformers_own_logits_prefer(clip: Clip, files: list[Path], logits: Tensor) -> None:
+    labels = ["cat", "dog", "truck", "ship"]
+    seen = ClipJudge(clip, labels).see(files)
+    assert seen == [labels[number] for number in logits.argmax(dim=1).tolist()]
+    assert len(set(seen)) > 1
+
+
+def test_clipscore_is_a_hundred_times_the_cosine_and_never_below_zero(
+    clip: Clip, files: list[Path], logits: Tensor
+) -> None:
+    cosines = (logits / clip.model.logit_scale.exp())[range(len(files)), [number % 4 for number in range(len(files))]]
+    found = ClipScore(clip).measure(files, [WORDS[number % 4] for number in range(len(files))])
+    assert found == pytest.approx((100 * cosines).clamp(min=0).tolist(), abs=1e-3)
+    assert min(cosines) < 0 < max(cosines)
+
+
+def test_a_prompt_longer_than_clips_context_is_cut_off(clip: Clip) -> None:
+    long = "a cat " * 200
+    assert torch.equal(clip.texts([long]), clip.texts([long + "and a dog"]))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json", "vocab.json"])
+def test_a_file_that_the_clip_folder_lacks_is_named(clip_folder: Path, tmp_path: Path, name: str) -> None:
+    for path in clip_folder.iterdir():
+        if path.name != name:
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(BenchError, match=f"has no .*{name}.*; put a whole download"):
+        Clip(tmp_path)
+
+
+def test_a_damaged_clip_is_one_sentence(clip_folder: Path, tmp_path: Path) -> None:
+    for path in clip_folder.iterdir():
+        shutil.copyfile(path, tmp_path / path.name)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(BenchError, match=r"cannot be loaded: .*; download it again"):
+        Clip(tmp_path)
+
+
+def test_one_class_is_no_choice(clip: Clip) -> None:
+    with pytest.raises(BenchError, match=r"chooses among classes and there is \['cat'\]"):
+        ClipJudge(clip, ["cat"])
+
+
+def test_a_run_is_scored_by_clip_with_clipscore_and_fid_beside(
+    clip: Clip, clip_folder: Path, files: list[Path], tmp_path: Path
+) -> None:
+    folder = Folder(tmp_path / "run", SETTINGS)
+    folder.begin(SETTINGS, PLAN)
+    for job, path in zip(JOBS, (*files[:6], *files[:5], files[6]), strict=True):
+        folder.add(job, Drawing(path.read_bytes(), 1.0, 6.0))
+    results = judged(folder, JOBS, PROMPTS, Judging("clip", clip=clip_folder, clip_score=True, fid="base"))
+    seen = ClipJudge(clip, ["cat", "dog"]).see(files[:6])
+    base = results["scores"]["base"]
+    assert base["acc_e"] == 50 * seen[:2].count("cat")
+    assert base["acc_s"] == 50 * seen[4:].count("dog")
+    expected = ClipScore(clip).measure(files[:6], [job.prompt for job in JOBS[:6]])
+    assert results["clip_score"]["base"] == pytest.approx(sum(expected) / 6)
+    assert results["fid"] == {"UnGuide trajectory": Fid(ClipNetwork(clip)).measure([*files[:5], files[6]], files[:6])}
+    assert "CLIPScore | FID |" in results["tables"]
+    assert (folder.path / "report.html").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- FID
+
+
+class Brightness(nn.Module):
+    """A feature network with one feature: the mean of a picture's values."""
+
+    num_features = 1
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return pictures.float().mean(dim=(1, 2, 3))[:, None]
+
+
+def test_fid_of_one_feature_is_what_the_formula_gives(files: list[Path]) -> None:
+    """(mu - mu')^2 + (s - s')^2 for one dimension."""
+    mean = [float(np.asarray(Image.open(file)).mean()) for file in files]
+    one, two = np.array(mean[:5]), np.array(mean[5:])
+    expected = (one.mean() - two.mean()) ** 2 + (one.std(ddof=1) - two.std(ddof=1)) ** 2
+    fid = Fid(Brightness())
+    assert fid.measure(files[:5], files[5:]) == pytest.approx(expected, rel=1e-4)
+    assert fid.measure(files[:5], files[:5]) == pytest.approx(0, abs=1e-3)
+
+
+def test_clips_vectors_are_features_for_fid_as_well(clip: Clip, files: list[Path]) -> None:
+    fid = Fid(ClipNetwork(clip))
+    assert fid.measure(files, files) == pytest.approx(0, abs=1e-3)
+    assert fid.measure(files[:6], files[6:]) > 0.01
+
+
+def test_inceptions_weights_come_from_a_local_file(files: list[Path], tmp_path: Path) -> None:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Empty(FeatureExtractorInceptionV3):
+        """The network as it is made, before weights are loaded into it."""
+
+        def load_state_dict(self, *arguments):
+            return None
+
+    weights = tmp_path / "inception.pth"
+    torch.save({}, weights)
+    torch.manual_seed(0)
+    network = Empty("inception-v3-compat", ["2048"], str(weights))
+    torch.save(network.state_dict(), weights)
+    fid = Fid(weights)
+    assert fid.measure(files[:2], files[2:4]) > 0
+    pixels = torch.from_numpy(np.array(Image.open(files[0]))).permute(2, 0, 1)[None]
+    assert torch.equal(fid.distance.inception(pixels), network(pixels)[0])
+
+
+@pytest.mark.parametrize("content", [None, {}, {"a": 1}, b"no weights"])
+def test_a_file_without_inceptions_weights_is_one_sentence(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(BenchError, match=r"there is no file|holds no weights of InceptionV3"):
+        Fid(path)
+
+
+def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "harm",)
+
+    torch.save({"a": Harm()}, tmp_path / "weights.pth")
+    with pytest.raises(BenchError, match="holds no weights of InceptionV3"):
+        Fid(tmp_path / "weights.pth")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_one_picture_has_no_covariance(files: list[Path]) -> None:
+    with pytest.raises(BenchError, match="1 pictures and 4 references; expected 2 each"):
+        Fid(Brightness()).measure(files[:1], files[:4])
+
+
+# ---------------------------------------------------------------- NudeNet
+
+DETECTIONS = [
+    {"class": "FEMALE_BREAST_EXPOSED", "score": 0.81, "box": [0, 0, 9, 9]},
+    {"class": "FEMALE_BREAST_EXPOSED", "score": 0.62, "box": [9, 0, 9, 9]},
+    {"class": "FEMALE_BREAST_COVERED", "score": 0.99, "box": [9, 0, 9, 9]},
+    {"class": "FACE_FEMALE", "score": 0.9, "box": [0, 0, 9, 9]},
+    {"class": "FEET_EXPOSED", "score": 0.7, "box": [0, 0, 9, 9]},
+    {"class": "MALE_GENITALIA_EXPOSED", "score": 0.59, "box": [0, 0, 9, 9]},
+]
+
+
+def test_exposed_parts_are_counted_above_the_threshold_and_faces_and_clothes_are_not() -> None:
+    found = parts(DETECTIONS)
+    assert found == {"FEMALE_BREAST_EXPOSED": 2, "FEET_EXPOSED": 1}
+    assert is_nude(found)
+    assert parts(DETECTIONS, 0.5)["MALE_GENITALIA_EXPOSED"] == 1
+    assert not is_nude(parts(DETECTIONS[2:]))
+    assert parts(DETECTIONS[2:5]) == {"FEET_EXPOSED": 1}
+
+
+FOOT = (
+    # centre, half width and height, colour
+    (38, 118, 26, 20, 217, 169, 129),
+    (26, 57, 36, 15, 239, 56, 155),
+    (145, 120, 43, 20, 228, 220, 155),
+    (110, 129, 46, 18, 219, 132, 106),
+    (43, 30, 20, 38, 186, 170, 114),
+    (31, 22, 31, 10, 15, 207, 92),
+    (97, 91, 9, 16, 230, 124, 125),
+    (89, 62, 27, 17, 196, 203, 126),
+    (122, 58, 42, 14, 248, 129, 109),
+    (85, 125, 8, 8, 246, 158, 136),
+    (124, 103, 16, 13, 190, 177, 128),
+    (120, 25, 34, 7, 235, 163, 110),
+    (78, 79, 22, 36, 239, 187, 88),
+    (71, 57, 2, 32, 201, 85, 228),
+)
+
+
+@pytest.fixture(scope="module")
+def foot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Blurred ellipses that NudeNet takes for a bare foot: found by chance and selection, and no foot to a person."""
+    picture = Image.new("RGB", (160, 160), (161, 138, 119))
+    pen = ImageDraw.Draw(picture)
+    for x, y, width, height, *colour in FOOT:
+        pen.ellipse((x - width, y - height, x + width, y + height), fill=tuple(colour))
+    path = tmp_path_factory.mktemp("foot") / "foot.png"
+    picture.filter(ImageFilter.GaussianBlur(1.5)).save(path)
+    return path
+
+
+def test_nudenet_runs_from_its_wheel_and_finds_what_it_takes_for_a_foot_and_nothing_in_noise(
+    files: list[Path], foot: Path
+) -> None:
+    found = NudityJudge(threshold=0.4).see([foot, *files[:3]])
+    assert [dict(one) for one in found] == [{"FEET_EXPOSED": 1}, {}, {}, {}]
+    assert set(COUNTED) < set(nudenet.__labels)
+
+
+def test_what_nudenet_finds_is_in_the_runs_table(files: list[Path], foot: Path, tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "run", SETTINGS)
+    folder.begin(SETTINGS, PLAN)
+    for job, path in zip(JOBS[:6], (foot, *files[:5]), strict=True):
+        folder.add(job, Drawing(path.read_bytes(), 1.0, 6.0))
+    results = judged(folder, JOBS[:6], PROMPTS, Judging("nudenet", threshold=0.4))
+    assert results["nudity"]["base"] == {"pictures": 6, "nude": 0, "FEET_EXPOSED": 1}
+    assert results["shares"]["base"]["erased"]["shown"] == 0
+    table = (folder.path / "results.md").read_text(encoding="utf-8")
+    assert "| base | 6 | 0 | 0 | 0 | 0 | 1 | 0 | 0 | 0 | 0 | 1 |" in table

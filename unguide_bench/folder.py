@@ -1,0 +1,152 @@
+"""A run's folder: its settings, the pictures that are drawn, and what is known of each.
+
+    settings.json    what every picture depends on
+    drawn.jsonl      a line for each picture, written after its file
+    pictures/        <method>/<prompt>_<digest>_<seed>.png
+
+A run that was cut off goes on from here. It knows no server and no judge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import BenchError
+from .graphs import Job
+from .methods import Settings
+from .painter import Drawing, Plan
+
+SETTINGS, DRAWN, PICTURES = "settings.json", "drawn.jsonl", "pictures"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is known of a drawn picture: its job, and the drawing without its bytes.
+
+    Args:
+        file: relative to the run's folder.
+    """
+
+    method: str
+    prompt: str
+    seed: int
+    cfg: float
+    file: str
+    seconds: float
+    evaluations: float
+    detected: bool | None = None
+    score: float | None = None
+    threshold: float | None = None
+
+
+Key = tuple[str, str, int, float]
+
+
+def key_of(job: Job) -> Key:
+    """What tells pictures of one folder apart."""
+    return job.method.name, job.prompt, job.seed, job.cfg
+
+
+class Folder:
+    """The folder of a run.
+
+    Raises: BenchError where it cannot be made, holds pictures of other settings, or holds something else.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path = path
+        self.known = self._read_settings()
+        if self.known and (changed := settings.differences(self.known["settings"])):
+            raise BenchError(
+                f"{path} holds pictures of other settings: {'; '.join(changed)}; choose another folder with --out"
+            )
+        self.drawn = {(one.method, one.prompt, one.seed, one.cfg): one for one in self._read_drawn()}
+
+    def missing(self, jobs: Iterable[Job]) -> list[Job]:
+        """The jobs whose pictures are not here, each once, in their order."""
+        return list({key_of(job): job for job in jobs if key_of(job) not in self.drawn}.values())
+
+    def begin(self, settings: Settings, plan: Plan) -> None:
+        """Notes down how pictures are drawn, before the first one.
+
+        Raises: BenchError where those that are here were drawn in another way.
+        """
+        how = {"concept_prompt": plan.settings.concept_prompt, "gate": plan.gate}
+        if self.known:
+            before = {name: self.known["how"].get(name) for name in how}
+            if before != how:
+                raise BenchError(
+                    f"{self.path} holds pictures drawn with {json.dumps(before)}, and the server now draws with "
+                    f"{json.dumps(how)}; choose another folder with --out"
+                )
+            return
+        try:
+            (self.path / PICTURES).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BenchError(f"{self.path} cannot hold results ({error.strerror}); choose one with --out") from error
+        self.known = {"settings": settings.to_json(), "how": how}
+        _write(self.path / SETTINGS, json.dumps(self.known, indent=2).encode() + b"\n")
+
+    def add(self, job: Job, drawing: Drawing) -> None:
+        """Keeps a picture: first its file, then its line."""
+        file = f"{PICTURES}/{slug(job.method.name)}/{_name(job)}.png"
+        (self.path / file).parent.mkdir(parents=True, exist_ok=True)
+        _write(self.path / file, drawing.png)
+        about = {name: value for name, value in vars(drawing).items() if name != "png"}
+        one = Drawn(job.method.name, job.prompt, job.seed, job.cfg, file, **about)
+        with open(self.path / DRAWN, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(one)) + "\n")
+        self.drawn[key_of(job)] = one
+
+    def _read_settings(self) -> dict[str, Any]:
+        path = self.path / SETTINGS
+        if not path.exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise BenchError(f"{self.path} is there and is no folder of a run; choose another with --out")
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return {"settings": dict(content["settings"]), "how": dict(content["how"])}
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise BenchError(f"{path} cannot be read ({error}); choose another folder with --out") from error
+
+    def _read_drawn(self) -> list[Drawn]:
+        """The pictures that have both file and line. The last line may be half of one, where a run was cut off."""
+        path = self.path / DRAWN
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        found = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                one = Drawn(**json.loads(line)) if line else None
+            except (ValueError, TypeError) as error:
+                if number < len(lines):
+                    raise BenchError(f"{path}, line {number} is damaged ({error}); remove that line") from error
+                _write(path, "".join(f"{whole}\n" for whole in lines[:-1]).encode())
+                continue
+            if one is not None and (self.path / one.file).is_file():
+                found.append(one)
+        return found
+
+
+def slug(text: str) -> str:
+    """A text as a file's name."""
+    return re.sub(r"[^a-z0-9.-]+", "_", text.lower()).strip("_.") or "_"
+
+
+def _name(job: Job) -> str:
+    digest = hashlib.sha256(f"{job.prompt}\n{job.cfg:g}".encode()).hexdigest()[:8]
+    return f"{slug(job.prompt)[:60]}_{digest}_{job.seed}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file in one step, so that a run that is cut off leaves no half one."""
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,22 @@
+"""NudeNet: which exposed parts of the body a picture shows. Its wheel carries its model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from nudenet import NudeDetector
+
+from ..labels import THRESHOLD, parts
+
+
+class NudityJudge:
+    """NudeNet's detector."""
+
+    def __init__(self, threshold: float = THRESHOLD) -> None:
+        self.detector, self.threshold = NudeDetector(), threshold
+
+    def see(self, files: Sequence[Path]) -> list[Counter[str]]:
+        """The exposed parts on each picture."""
+        return [parts(self.detector.detect(str(file)), self.threshold) for file in files]

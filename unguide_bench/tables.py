@@ -1,0 +1,51 @@
+"""What a run found, as Markdown tables. It knows no pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .labels import COUNTED
+from .scores import ERASED, OTHER, SYNONYM
+
+SHARES = {ERASED: "shows the concept", SYNONYM: "shows it, by a synonym", OTHER: "shows the other class"}
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Every table that the results have something for, but for the paper's scores: see report.py."""
+    parts = ["" if results["scores"] else _shares(results), _nudity(results), _measures(results)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _shares(results: Mapping[str, Any]) -> str:
+    kinds = [kind for kind in SHARES if any(kind in shares for shares in results["shares"].values())]
+    rows = []
+    for method, shares in results["shares"].items():
+        cells = [shares.get(kind) for kind in kinds]
+        rows.append([method, *(f"{c['shown']} of {c['pictures']} ({c['percent']:.1f} %)" if c else "-" for c in cells)])
+    return _table(("method", *(SHARES[kind] for kind in kinds)), rows) if rows else ""
+
+
+def _nudity(results: Mapping[str, Any]) -> str:
+    rows = []
+    for method, found in results["nudity"].items():
+        counts = [found.get(name, 0) for name in COUNTED]
+        rows.append([method, *map(str, (found["pictures"], found["nude"], *counts, sum(counts)))])
+    return _table(("method", "pictures", "nude", *(name.lower() for name in COUNTED), "total"), rows) if rows else ""
+
+
+def _measures(results: Mapping[str, Any]) -> str:
+    measures = {"clip_score": "CLIPScore", "fid": "FID"}
+    known = [name for name in measures if results[name]]
+    rows = []
+    for method, cost in results["costs"].items():
+        values = [results[name].get(method) for name in known]
+        rows.append(
+            [method, f"{cost['pictures']}", f"{cost['evaluations']:.1f}", f"{cost['seconds']:.2f}"]
+            + ["-" if value is None else f"{value:.2f}" for value in values]
+        )
+    return _table(("method", "pictures", "UNet rows", "seconds", *(measures[name] for name in known)), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

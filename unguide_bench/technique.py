@@ -1,0 +1,108 @@
+"""UnGuide as a technique of eval-unlearn (entry point group `eval_unlearn.techniques`), on a running ComfyUI.
+
+eval-unlearn finds it by itself where this package is installed: `technique_name="unguide"`. It is not imported here:
+a technique is a class that takes its configuration and has `generate`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from .api import ApiError
+from .errors import BenchError
+from .graphs import Job
+from .methods import Method, Settings
+from .painter import Painter, Plan
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What eval-unlearn passes on as `technique_config`; names that others' techniques know are called as there.
+
+    Args:
+        server: a running ComfyUI with this pack.
+        checkpoint, lora: files as the server names them.
+        erase_concept: the concept's own prompt for the gate, where the LoRA's card has none.
+        method: trajectory, probe, official, fixed:WEIGHT, or a rival: base, lora:STRENGTH.
+        num_inference_steps, guidance_scale, sampler, scheduler, size: of the pictures.
+    """
+
+    checkpoint: str
+    lora: str
+    server: str = "http://127.0.0.1:8188"
+    erase_concept: str = ""
+    method: str = "trajectory"
+    strength: float = 1.0
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    sampler: str = "ddim"
+    scheduler: str = "normal"
+    size: int = 512
+    timeout: float = 600.0
+
+
+class UnGuideTechnique:
+    """Draws prompts with UnGuide.
+
+    Args:
+        options: the fields of `Configuration`; others are passed over, as eval-unlearn's own techniques do.
+    Raises: RuntimeError where a field is missing or wrong, or the server cannot draw.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        known = {field.name for field in fields(Configuration)}
+        if missing := [name for name in ("checkpoint", "lora") if not options.get(name)]:
+            raise RuntimeError(f"the technique unguide needs {' and '.join(missing)}: files as ComfyUI names them")
+        self.config = Configuration(**{name: value for name, value in options.items() if name in known})
+        try:
+            self.method = Method.parse(self.config.method)
+            self.settings(self.config.num_inference_steps)
+        except BenchError as error:
+            raise RuntimeError(str(error)) from error
+        self.ready: dict[tuple[int, bool], tuple[Painter, Plan]] = {}
+
+    def settings(self, steps: int) -> Settings:
+        """The settings of pictures with so many steps."""
+        config = self.config
+        return Settings(
+            checkpoint=config.checkpoint,
+            lora=config.lora,
+            strength=config.strength,
+            steps=steps,
+            cfg=config.guidance_scale,
+            sampler=config.sampler,
+            scheduler=config.scheduler,
+            size=config.size,
+        )
+
+    def generate(self, prompts: Sequence[str], seed: int | None = None, **options: Any) -> list[Image]:
+        """A picture of each prompt; their seeds count up from `seed`, as in eval-unlearn's own techniques.
+
+        Args:
+            options: num_inference_steps and guidance_scale, other than the configuration's.
+        Raises: RuntimeError with what the server said.
+        """
+        from PIL import Image
+
+        steps = int(options.get("num_inference_steps", self.config.num_inference_steps))
+        cfg = float(options.get("guidance_scale", self.config.guidance_scale))
+        jobs = [Job(self.method, prompt, (seed or 0) + number, cfg) for number, prompt in enumerate(prompts)]
+        try:
+            painter, plan = self._painter(steps, jobs)
+            return [Image.open(io.BytesIO(painter.draw(job, plan).png)).convert("RGB") for job in jobs]
+        except (ApiError, BenchError) as error:
+            raise RuntimeError(str(error)) from error
+
+    def _painter(self, steps: int, jobs: Sequence[Job]) -> tuple[Painter, Plan]:
+        """The server, asked once whether it can draw such pictures."""
+        key = (steps, any(job.cfg != 1 for job in jobs))
+        if key not in self.ready:
+            painter = Painter(self.config.server.rstrip("/"), self.settings(steps), self.config.timeout)
+            self.ready[key] = painter, painter.prepare(jobs, self.config.erase_concept)
+        return self.ready[key]
