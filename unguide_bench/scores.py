@@ -48,7 +48,7 @@ class Picture:
         evaluations: rows that the network computed for this picture alone.
         difference, max_difference: to base's picture of the same prompt and seed, mean and largest over all values,
             0 to 255; None where there is nothing to compare with.
-        identical: whether its latent is base's, bit for bit; likewise.
+        identical: whether its latent is base's, bit for bit (its picture, where latents are not at hand); likewise.
     """
 
     method: str

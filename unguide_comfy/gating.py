@@ -45,7 +45,7 @@ class Gate:
             and weights included; "fixed" always uses `settings.weight_detected`.
         settings: of the probe, and the two weights.
         neutral: the neutral prompt's conditioning, None for the erasure LoRA's own.
-        on_detection: of the mode "trajectory": "continue" from the step of the decision on, or "restart" from the first.
+        on_detection: of the mode "trajectory": "continue" from the step of the decision on, or "restart" the picture.
         look_again: of the mode "trajectory": steps after which to look again where nothing was found; 0 looks once.
         displacement: whose displacement by the adapter erases: the "prompt"'s own, as in the paper, or that of the
             "concept"'s own prompt, against text that was optimised to get past the adapter. Not of the mode "official".
