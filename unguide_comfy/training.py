@@ -425,7 +425,7 @@ def _kohya_names(model: Any) -> dict[str, str]:
         path = key.removesuffix(".weight") if isinstance(key, str) else ""
         own = f"lora_unet_{path.removeprefix(PREFIX).replace('.', '_')}"
         if name.startswith("lora_unet_") and name != own:
-            names[path] = name
+            names[path] = min(name, names.get(path, name))  # the map has two for some, in no fixed order
     return names
 
 

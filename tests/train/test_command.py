@@ -132,12 +132,13 @@ def test_a_file_that_cannot_be_written_leaves_nothing_half_written(settings, tmp
 def test_a_diffusers_folder_is_the_same_base_as_its_checkpoint_file(checkpoint, tokenizer, tmp_path) -> None:
     base = load_base(checkpoint, tokenizer)
     base.unet.save_pretrained(tmp_path / "unet")
-    base.text.save_pretrained(tmp_path / "text_encoder")
-    base.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (text,) = base.texts
+    text.model.save_pretrained(tmp_path / "text_encoder")
+    text.tokenizer.save_pretrained(tmp_path / "tokenizer")
     folder = load_base(tmp_path)
     assert folder.hash == base.hash
     prompt = "a photo of the cat"
-    assert torch.equal(folder.encode([prompt])[prompt], base.encode([prompt])[prompt])
+    assert torch.equal(folder.encode([prompt])[prompt].states, base.encode([prompt])[prompt].states)
 
 
 @pytest.mark.parametrize(
