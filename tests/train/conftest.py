@@ -64,6 +64,7 @@ def settings(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> dict[str, Any
         "out": tmp_path,
         "size": 64,
         "recipe": dict(QUICK),
+        "kept": ["", "a photo of the dog"],
         "concepts": [{"concept": "cat", "reference": "forest", "synonyms": ["kitty"]}],
     }
 

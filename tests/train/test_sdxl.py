@@ -192,7 +192,9 @@ def base(tiny: Tiny) -> Base:
 @pytest.fixture
 def config(tiny: Tiny, tmp_path: Path) -> Config:
     concept = {"concept": "cat", "reference": "forest", "synonyms": ["kitty"]}
-    return from_values({"base": tiny.folder, "out": tmp_path, "size": 64, "recipe": QUICK, "concepts": [concept]})
+    kept = ["", "a photo of the dog"]
+    values = {"base": tiny.folder, "out": tmp_path, "size": 64, "recipe": QUICK, "kept": kept, "concepts": [concept]}
+    return from_values(values)
 
 
 def test_text_and_pooled_states_are_the_hosts(tiny: Tiny, base: Base) -> None:
