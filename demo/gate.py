@@ -2,7 +2,7 @@
 
 After two of twenty steps of the base model the adapter is looked at once. `influence` decides, relative to that of the
 concept's own prompt, against a threshold that was calibrated for one false alarm in a hundred; where the calibration
-does not tell the concept from other prompts, `alignment`. What is found is erased from the next step on, with weight 0;
+does not tell the concept from other prompts, `alignment`. What is found is erased from that step on, with weight 0;
 all else is the base model's. The rules are `unguide_core.calibration`'s and `unguide_core.probe`'s; `python3 dev gate`
 measures the same in ComfyUI, for the shipped erasure LoRAs. It does not know training, or what judges pictures.
 """
@@ -25,8 +25,8 @@ from .narrow import LATENT, Layers, Narrow, adapted_table, normal_sigmas, timest
 
 LOOK = 2
 """Steps before the look."""
-ERASED_FROM = LOOK + 1
-"""The step from which on the adapter draws what was found: that of the look is the base model's still."""
+ERASED_FROM = LOOK
+"""The step from which on the adapter draws what was found: that of the look itself."""
 FALSE_ALARM_RATE = 0.01
 REPEATS, OWN_REPEATS = 4, 8
 CALIBRATED_FROM, PICTURES_FROM = 0, 10_000
