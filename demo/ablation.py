@@ -3,9 +3,10 @@
     python -m demo.ablation --tokenizer ComfyUI/comfy/sd1_tokenizer [--variant selective official] [--seeds 0 1 2]
 
 Trains every variant on every concept anew (nothing is kept of the adapters), draws and judges pictures as
-`demo.evaluate` does, and prints two tables: the erased class (Acc_e), its synonyms (Acc_g), the concept in scenes, the
-other classes (Acc_s; of these besides those that no prompt to keep names), evaluations and seconds a concept. With
-the gate: an ideal one, which uses the LoRA for the concept's own prompts and leaves all others to the base model.
+`demo.evaluate` does, and prints two tables: the LoRA alone, and behind its gate (demo.gate). Percent of pictures that
+show the class that was asked for: the erased one (Acc_e), by its synonyms (Acc_g), in scenes; the nine other classes
+(Acc_s; the six of them that `three classes kept` never sees; the worst of all). In brackets the range over seeds, where
+there are several. Evaluations and seconds of the processor are those of a training, on one core.
 """
 
 from __future__ import annotations
@@ -14,19 +15,25 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean as mean
+
+import torch
+from torch import Tensor
 
 from unguide_core.adapter import LowRank
 from unguide_core.training import PRESETS, Pair, Prompts, Recipe
 
 from .captions import CLASSES, words_for
 from .erasure import RECIPES, photo, prompts_of, train_one
-from .evaluate import accuracies, judge, other_prompts, own_prompts, summary
-from .narrow import start_worker, worker_model
+from .evaluate import accuracies, draw, judge, other_prompts, own_prompts, summary
+from .gate import ERASED_FROM, Looks, calibrated
+from .narrow import Layers, Narrow, start_worker, worker_model
 from .seed import SEED_PATH
 
 log = logging.getLogger("demo.erasure")
@@ -45,6 +52,8 @@ VARIANTS: dict[str, Recipe] = {
 other classes (and the scenes), so that six classes are never seen; `generous` is what the shipped set was trained with.
 """
 UNSEEN = 3
+KEPT = 24
+"""Prompts to keep: of the demo's list those that come first, in which every other class and most scenes are."""
 
 
 def prompts_for(variant: str, concept: str) -> Prompts:
@@ -54,11 +63,11 @@ def prompts_for(variant: str, concept: str) -> Prompts:
         return Prompts(prompts.erased[:1])
     if variant == "no synonyms":
         others = words_for(concept)[1:]
-        return replace(prompts, erased=tuple(pair for pair in prompts.erased if not names(pair, others)))
+        prompts = replace(prompts, erased=tuple(pair for pair in prompts.erased if not names(pair, others)))
     if variant == "three classes kept":
         hidden = [word for other in unseen(concept) for word in words_for(other)]
-        return replace(prompts, kept=tuple(p for p in prompts.kept if not any(w in p.split() for w in hidden)))
-    return prompts
+        prompts = replace(prompts, kept=tuple(p for p in prompts.kept if not any(w in p.split() for w in hidden)))
+    return prompts if variant == "generous" else replace(prompts, kept=prompts.kept[:KEPT])
 
 
 def names(pair: Pair, words: Sequence[str]) -> bool:
@@ -71,49 +80,134 @@ def unseen(concept: str) -> list[str]:
     return [other for other in CLASSES if other != concept][UNSEEN:]
 
 
+@lru_cache(maxsize=1)
+def worker_looks() -> Looks:
+    """Returns the base model's looks, of this process."""
+    return Looks(worker_model())
+
+
+@lru_cache(maxsize=1)
+def base_labels(pictures: int) -> dict[str, Tensor]:
+    """Returns what the base model's pictures of every prompt that is measured are taken for, [pictures] each."""
+    every = [prompt for concept in CLASSES for prompt in (*own_prompts(concept), *other_prompts(concept))]
+    prompts = list(dict.fromkeys(every))
+    labels = judge(draw(worker_model(), prompts, pictures).flatten(0, 1)).view(len(prompts), pictures)
+    return dict(zip(prompts, labels, strict=True))
+
+
 def measure(variant: str, concept: str, seed: int, pictures: int) -> dict:
     """Returns the figures of one training."""
-    narrow, began = worker_model(), time.monotonic()
-    training = train_one(narrow, concept, replace(VARIANTS[variant], seed=seed), prompts_for(variant, concept))
-    seconds = time.monotonic() - began
+    began = time.process_time()
+    recipe = replace(VARIANTS[variant], seed=seed)
+    training = train_one(worker_model(), concept, recipe, prompts_for(variant, concept))
+    seconds = time.process_time() - began
     layers = {name: LowRank(x.down.detach(), x.up.detach(), x.scale) for name, x in training.layers.items()}
-    shares = accuracies(narrow, judge, own_prompts(concept) | other_prompts(concept), pictures, layers=layers)
-    found = summary(concept, shares)
-    hidden = [shares[photo(other)] for other in unseen(concept)]
     return {
         "variant": variant,
         "concept": concept,
         "seed": seed,
-        "erased": found.erased,
-        "synonyms": found.general,
-        "placed": found.placed,
-        "spared": found.spared,
-        "worst": found.worst_spared,
-        "unseen": sum(hidden) / len(hidden),
+        "pictures": pictures,
+        **measured(concept, layers, pictures),
         "iterations": training.iteration,
         "evaluations": training.sampler.evaluations,
         "seconds": seconds,
     }
 
 
-def table(rows: Sequence[dict], base_spared: float) -> str:
-    """Returns the means over concepts and seeds by variant."""
-    columns = ("erased", "synonyms", "placed", "spared", "unseen", "worst", "iterations", "evaluations", "seconds")
-    heads = ("Acc_e", "Acc_g", "in scenes", "Acc_s", "of these, six classes", "worst class", *columns[6:])
-    lines = [f"| variant | trainings | {' | '.join(heads)} | Acc_s, ideal gate |", "|---" * (len(heads) + 3) + "|"]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == variant]
-        means = [sum(row[name] for row in own) / len(own) for name in columns]
-        means[5] = min(row["worst"] for row in own)
-        cells = [f"{mean:.1f}" if i < 6 else f"{mean:.0f}" for i, mean in enumerate(means)]
-        lines.append(f"| {variant} | {len(own)} | {' | '.join(cells)} | {base_spared:.1f} |")
+def measured(concept: str, layers: Layers, pictures: int) -> dict:
+    """Returns what an adapter of the narrow model erases and spares, alone and behind its gate."""
+    narrow, own, others = worker_model(), own_prompts(concept), other_prompts(concept)
+    alone = accuracies(narrow, judge, own | others, pictures, layers=layers)
+    gate = calibrated(worker_looks(), concept, layers)
+    detected = dict(zip(own | others, gate.detects(list(own | others), pictures), strict=True))
+    return {
+        "alone": figures(concept, alone),
+        "gated": figures(concept, gated(narrow, own | others, detected, layers)),
+        "statistic": gate.statistic,
+        "found": share([detected[prompt] for prompt in own]),
+        "false alarms": share([detected[prompt] for prompt in others]),
+    }
+
+
+def gated(
+    narrow: Narrow, prompts: Mapping[str, str], detected: Mapping[str, Tensor], layers: Layers
+) -> dict[str, float]:
+    """Returns the accuracies of prompts in percent, where each picture is the base model's unless it is detected."""
+    erased = [prompt for prompt in prompts if bool(detected[prompt].any())]
+    (count,) = next(iter(detected.values())).shape
+    labels = {prompt: base_labels(count)[prompt] for prompt in prompts}
+    if erased:
+        latents = draw(narrow, erased, count, layers=layers, first=ERASED_FROM)
+        drawn = judge(latents.flatten(0, 1)).view(len(erased), count)
+        for prompt, found in zip(erased, drawn, strict=True):
+            labels[prompt] = torch.where(detected[prompt], found, labels[prompt])
+    return {prompt: share([labels[prompt] == CLASSES.index(klass)]) for prompt, klass in prompts.items()}
+
+
+def share(of: Sequence[Tensor]) -> float:
+    """Returns how many of some booleans are true, in percent."""
+    return 100.0 * float(torch.cat(list(of)).float().mean())
+
+
+def figures(concept: str, shares: Mapping[str, float]) -> dict[str, float]:
+    """Returns the accuracies of one training from the shares of its prompts, all in percent."""
+    found = summary(concept, shares)
+    hidden = [shares[photo(other)] for other in unseen(concept)]
+    assert found.spared is not None
+    assert found.worst_spared is not None
+    return {
+        "Acc_e": found.erased,
+        "Acc_g": found.general,
+        "in scenes": found.placed,
+        "Acc_s": found.spared,
+        "six classes": sum(hidden) / len(hidden),
+        "worst class": found.worst_spared,
+    }
+
+
+# ---------------------------------------------------------------- tables
+
+
+def tables(rows: Sequence[dict]) -> str:
+    """Returns, by variant, the means over concepts and seeds: the LoRA alone, then with its gate."""
+    alone = ("Acc_e", "Acc_g", "in scenes", "Acc_s", "six classes", "worst class")
+    costs = ("iterations", "evaluations", "seconds")
+    lines = [_row("LoRA alone", "trainings", *alone, *costs), "|---" * (len(alone) + len(costs) + 2) + "|"]
+    by_variant = {v: [row for row in rows if row["variant"] == v] for v in VARIANTS}
+    known = {variant: own for variant, own in by_variant.items() if own}
+    for variant, own in known.items():
+        numbers = [f"{mean([row[cost] for row in own]):.0f}" for cost in costs]
+        lines.append(_row(variant, str(len(own)), *_accuracies(own, "alone", alone), *numbers))
+    shares = ("found", "false alarms")
+    lines += ["", _row("with its gate", *alone, "by influence", *shares), "|---" * (len(alone) + len(shares) + 2) + "|"]
+    for variant, own in known.items():
+        by_influence = sum(row["statistic"] == "influence" for row in own)
+        numbers = [f"{by_influence} of {len(own)}", *(f"{mean([row[name] for row in own]):.1f}" for name in shares)]
+        lines.append(_row(variant, *_accuracies(own, "gated", alone), *numbers))
     return "\n".join(lines)
 
 
+def _accuracies(rows: Sequence[dict], of: str, names: Sequence[str]) -> list[str]:
+    cells = []
+    for name in names:
+        by_seed = {row["seed"]: [r[of][name] for r in rows if r["seed"] == row["seed"]] for row in rows}
+        every = [value for values in by_seed.values() for value in values]
+        if name == "worst class":
+            cells.append(f"{min(every):.0f}")
+            continue
+        means = [mean(values) for values in by_seed.values()]
+        spread = f" ({min(means):.1f} to {max(means):.1f})" if max(means) > min(means) else ""
+        cells.append(f"{mean(every):.1f}{spread}")
+    return cells
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def base_accuracy(pictures: int) -> float:
-    """Returns the base model's own accuracy over the ten classes, which an ideal gate leaves to all but the concept."""
-    shares = accuracies(worker_model(), judge, {photo(c): c for c in CLASSES}, pictures, layers=None)
-    return sum(shares.values()) / len(shares)
+    """Returns the base model's own accuracy over the ten classes, in percent."""
+    return share([base_labels(pictures)[photo(concept)] == CLASSES.index(concept) for concept in CLASSES])
 
 
 def main() -> None:
@@ -127,10 +221,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument("--pictures", type=int, default=10, help="per prompt (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="every training's figures; those in the file already are kept")
+    parser.add_argument("--json", type=Path, help="all figures; those there, of as many pictures or more, are kept")
     options = parser.parse_args()
     kept = options.json.read_text().splitlines() if options.json and options.json.exists() else []
-    rows = [json.loads(line) for line in kept]
+    rows = [row for row in map(json.loads, kept) if row["pictures"] >= options.pictures]
     done = {(row["variant"], row["concept"], row["seed"]) for row in rows}
     with ProcessPoolExecutor(
         options.jobs, get_context("spawn"), start_worker, (options.tokenizer, options.model)
@@ -138,8 +232,8 @@ def main() -> None:
         base = pool.submit(base_accuracy, options.pictures)
         tasks = [
             pool.submit(measure, variant, concept, seed, options.pictures)
-            for seed in options.seeds
             for variant in options.variant
+            for seed in options.seeds
             for concept in options.concept
             if (variant, concept, seed) not in done
         ]
@@ -148,7 +242,7 @@ def main() -> None:
             log.info("%s", rows[-1])
             if options.json:
                 options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(table(rows, base.result()))
+        print(f"{tables(rows)}\n\nBase model: {base.result():.1f} % of its pictures show the class that was asked for.")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from .narrow import (
     Layers,
     Narrow,
     adapted_table,
-    base_sha256,
+    base_hash,
     joined,
     normal_sigmas,
     start_worker,
@@ -171,9 +171,9 @@ def evaluate(options: argparse.Namespace) -> None:
     out: Path = options.out
     measured_path, report_path = out / "measured.json", out.parent / "LORAS.md"
     measured = json.loads(measured_path.read_text()) if measured_path.exists() else {}
-    base_hash = base_sha256(options.model)
-    if measured.get("base_hash") != base_hash:
-        measured = {"base_hash": base_hash}
+    model = base_hash(options.model)
+    if measured.get("base_hash") != model:
+        measured = {"base_hash": model}
     worker = (options.tokenizer, options.model)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), start_worker, worker) as pool:
         measured["pictures"] = measure_pictures(pool, options, measured.get("pictures", {}))

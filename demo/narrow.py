@@ -9,9 +9,9 @@ Latents are in sigma space, x = x0 + sigma * noise, as `unguide_core.trajectory`
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from unguide_core.adapter import LowRank
 from unguide_core.guidance import blend, classifier_free
+from unguide_core.layers import weights_hash
 from unguide_core.trajectory import Denoise, sd_alphas_cumprod, sigma_from_alpha_cumprod
 
-from .seed import SEED_PATH, load_text_encoder, load_unet, load_vae, read_seed
+from .seed import SEED_PATH, load_text_encoder, load_unet, load_vae, wide_unet_state_dict
 from .text import TextEncoder, Tokenizer
 from .unet import UNet
 from .vae import Decoder
@@ -146,20 +147,13 @@ def load_narrow(tokenizer: Path, seed: Path = SEED_PATH) -> Narrow:
     Args:
         tokenizer: ComfyUI's folder `comfy/sd1_tokenizer`.
     """
-    return Narrow(load_unet(seed), load_text_encoder(seed), Tokenizer(tokenizer), load_vae(seed)[1], base_sha256(seed))
+    return Narrow(load_unet(seed), load_text_encoder(seed), Tokenizer(tokenizer), load_vae(seed)[1], base_hash(seed))
 
 
-def base_sha256(seed: Path = SEED_PATH) -> str:
-    """Returns what an adapter's card has as `base_hash`: a sha256 of the seed's UNet and text encoder.
-
-    Over names, shapes and half-precision values, sorted by name. The autoencoder does not count: no adapter sees it.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(read_seed(seed)[0].items()):
-        if name.startswith(("unet.", "text.")):
-            digest.update(f"{name} {list(tensor.shape)} ".encode())
-            digest.update(tensor.half().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+@lru_cache(maxsize=2)
+def base_hash(seed: Path = SEED_PATH) -> str:
+    """Returns what an adapter's card has as `base_hash`, by the one rule of all trainers: of the checkpoint's UNet."""
+    return weights_hash(wide_unet_state_dict(seed).values())
 
 
 _loaded: list[Narrow] = []

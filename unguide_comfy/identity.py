@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .weights import numbers, own_weights
+
 _SAMPLED_WEIGHTS = 16
 _SAMPLED_VALUES = 64
 
@@ -24,12 +26,12 @@ def model_key(model: Any) -> str:
     digest.update(" ".join(base.__name__ for base in type(sampling).__mro__).encode())
     digest.update(f"{float(sampling.sigma_min):.5g} {float(sampling.sigma_max):.5g}".encode())
     digest.update(str(sorted(_forward_patches(model.model_options.get("transformer_options", {})))).encode())
-    weights = model.get_key_patches("diffusion_model.")
+    weights = own_weights(model, "diffusion_model.")
     names = sorted(weights)
     for name in names:
-        digest.update(f"{name}{tuple(weights[name][0][0].shape)}".encode())
+        digest.update(f"{name}{tuple(weights[name].shape)}".encode())
     for name in names[:: max(1, len(names) // _SAMPLED_WEIGHTS)]:
-        digest.update(_sample(weights[name][0][0]))
+        digest.update(_sample(numbers(weights[name])))
     for name in sorted(model.patches):
         for patch in model.patches[name]:
             digest.update(f"{name}{patch[0]}{patch[2]}".encode())

@@ -19,6 +19,7 @@ import torch
 from ..unguide_core.adapter import Adapter, LowRank
 from ..unguide_core.formats import AdapterError, BaseWeights
 from ..unguide_core.names import dotted, underscored
+from .weights import numbers, own_weights
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -104,7 +105,7 @@ def place_of(key_map: Mapping[str, Any], layer: str) -> Place | None:
 def base_weights(model: Any) -> BaseWeights:
     """The parameters of a `ModelPatcher` without its patches, by the names that adapters have for them."""
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-    weights = model.get_key_patches("diffusion_model.")
+    weights = own_weights(model, "diffusion_model.")
 
     def parameter(name: str) -> torch.Tensor | None:
         layer, _, kind = name.rpartition(".")
@@ -112,7 +113,7 @@ def base_weights(model: Any) -> BaseWeights:
         found = None if place is None else weights.get(f"{place.path}.{kind}")
         if place is None or found is None:
             return None
-        weight: torch.Tensor = found[0][0]
+        weight = numbers(found)
         if place.length is not None:
             weight = weight.narrow(0, place.start, place.length)
         return weight if place.function is None else place.function(weight)

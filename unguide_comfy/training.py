@@ -27,6 +27,7 @@ from . import calibration
 from .erasure import Conditioning, ErasureLora
 from .gating import without_gates
 from .injection import adapted_rows
+from .weights import numbers, own_weights
 
 log = logging.getLogger(__name__)
 
@@ -425,7 +426,7 @@ def _kohya_names(model: Any) -> dict[str, str]:
         path = key.removesuffix(".weight") if isinstance(key, str) else ""
         own = f"lora_unet_{path.removeprefix(PREFIX).replace('.', '_')}"
         if name.startswith("lora_unet_") and name != own:
-            names[path] = name
+            names[path] = min(name, names.get(path, name))  # the map has two for some, in no fixed order
     return names
 
 
@@ -439,8 +440,7 @@ def _named(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
 
 def _base_hash(patcher: Any) -> str:
     """The name of the diffusion weights without patches, whether the host has patched them in place or not."""
-    weights = patcher.get_key_patches(PREFIX)
-    return weights_hash(weights[name][0][0] for name in sorted(weights))
+    return weights_hash(numbers(weight) for weight in own_weights(patcher, PREFIX).values())
 
 
 def usable(trained: Trained, name: str, conditionings: Mapping[str, Conditioning], prompts: Prompts) -> ErasureLora:

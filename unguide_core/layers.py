@@ -13,11 +13,12 @@ from torch import Tensor
 
 LAYERS: dict[str, str] = {
     "object": r"\.attn2\.to_[kv]$",
-    "explicit content": r"^(?!out\.|time_embed|conv_out)(?!.*\.attn2\.)",
+    "explicit content": r"^(?!out\.|time_embed|conv_out|label_emb|add_embedding)(?!.*\.attn2\.)",
     "style": r"\.attn2\.(to_[qkv]|to_out\.0)$",
 }
 """What is trained for what: the official choices for objects and explicit content (every linear layer but those of
-cross-attention and of the time embedding); for a style all of cross-attention, as ESD-x (arXiv 2303.07345) has it."""
+cross-attention and of the time embedding, with what SDXL adds to it); for a style all of cross-attention, as ESD-x
+(arXiv 2303.07345) has it."""
 
 CUSTOM = "custom"
 

@@ -79,7 +79,8 @@ class Recipe:
         preserved, preservation_weight: latents of prompts to keep in an iteration, and the weight of their loss.
         trajectories: that are denoised together, for the selective loop.
         refresh: iterations after which the selective loop denoises anew, with the adapter as it is then.
-        kept_trajectories: trajectories of the base model on prompts to keep, denoised once.
+        kept_trajectories: trajectories of the base model on prompts to keep, denoised once; every prompt gets one, so
+            there are more where there are more prompts. 0 keeps none.
         check: iterations between looks at the held-out loss; 0 never looks and never stops early.
         patience: looks in a row without improvement after which training stops.
         seed: of all random numbers.
@@ -554,7 +555,8 @@ class Training:
         recipe, generator = self.recipe, torch.Generator().manual_seed(self.recipe.seed + 1)
         kept = None
         if recipe.preserved and recipe.kept_trajectories and self.prompts.kept:
-            prompts = [self.prompts.kept[i % len(self.prompts.kept)] for i in range(recipe.kept_trajectories)]
+            count = max(recipe.kept_trajectories, len(self.prompts.kept))
+            prompts = [self.prompts.kept[i % len(self.prompts.kept)] for i in range(count)]
             kept = self._met_by_base(prompts, generator)
         if recipe.check:
             pairs = self.prompts.erased[:2]

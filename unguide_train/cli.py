@@ -33,11 +33,15 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(
         prog="python -m unguide_train",
-        description="Trains LoRAs that make a Stable Diffusion 1.x model forget a concept. No pictures needed.",
+        description="Trains LoRAs that make a Stable Diffusion 1.x or SDXL model forget a concept. No pictures needed.",
     )
     made.add_argument("--config", type=Path, help="YAML file with the settings, and many concepts; options win over it")
     made.add_argument("--base", type=Path, help="checkpoint (.safetensors), or a folder that diffusers saved")
-    made.add_argument("--tokenizer", type=Path, help="folder of CLIP's tokenizer; a diffusers folder has its own")
+    made.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder of CLIP's tokenizer; a diffusers folder has its own",
+    )
     made.add_argument("--concept", help="what shall be forgotten, a word or two")
     made.add_argument("--reference", help="what shall be drawn in its place")
     made.add_argument("--synonym", action="append", default=[], help="another word for it; may be repeated")
@@ -47,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pattern", help="for --layers custom: a regular expression on names of linear layers")
     for name, kind in RECIPE.items():
         made.add_argument(f"--{name.replace('_', '-')}", type=kind, help="default: the preset's")
-    made.add_argument("--size", type=int, help="of pictures, in pixels (default: 512)")
+    made.add_argument("--size", type=int, help="of pictures, in pixels (default: 512, SDXL 1024)")
     made.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of the base model (default: fp32)")
     made.add_argument("--rows", type=int, help="latents computed at once, at most (default: 16)")
     made.add_argument("--logs", type=Path, help="folder of TensorBoard logs")

@@ -37,7 +37,7 @@ class Config(_Strict):
     base: a checkpoint file (.safetensors) or a folder that diffusers saved.
     tokenizer: folder of the CLIP tokenizer (vocab.json, merges.txt), for checkpoint files; a diffusers folder has one.
     out: folder of the results where a concept names no file of its own: <out>/<concept>.safetensors.
-    size: of the pictures whose latents are trained at, in pixels.
+    size: of the pictures whose latents are trained at, in pixels; None: 512 for SD 1.x, 1024 for SDXL.
     precision: that the base computes in; the adapter is float32 always.
     rows: latents computed at once, at most.
     recipe: changes of the preset's values, by the names of `unguide_core.training.Recipe`.
@@ -51,7 +51,7 @@ class Config(_Strict):
     preset: Literal["selective", "paper"] = "selective"
     layers: str = "object"
     pattern: str = ""
-    size: int = Field(512, ge=64, multiple_of=8)
+    size: int | None = Field(None, ge=64, multiple_of=8)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     rows: int = Field(16, ge=1)
     prefix: str = PREFIX

@@ -65,13 +65,14 @@ def train_concept(config: Config, concept: Concept, base: Base | None = None, qu
     base.to(accelerator.device, PRECISIONS[config.precision] if accelerator.device.type != "cpu" else torch.float32)
     for layer in layers.values():
         layer.down.data, layer.up.data = layer.down.data.float(), layer.up.data.float()
-    predictor = DiffusersPredictor(base.unet, base.encode(prompts.names), accelerator.autocast)
+    encoded, side = base.encode(prompts.names, accelerator.device), (config.size or base.size) // 8
+    predictor = DiffusersPredictor(base.unet, encoded, accelerator.autocast)
     training = Training(
         predictor,
         layers,
         prompts,
         recipe,
-        (base.unet.config.in_channels, config.size // 8, config.size // 8),
+        (base.unet.config.in_channels, side, side),
         device=accelerator.device,
         rows=config.rows,
         relieve=predictor.relieve,

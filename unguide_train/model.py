@@ -1,10 +1,11 @@
-"""Stable Diffusion 1.x in diffusers, from a checkpoint file or a folder, with an adapter of peft in training.
+"""Stable Diffusion 1.x and SDXL in diffusers, from a checkpoint file or a folder, with an adapter of peft in training.
 
-Checkpoint files are read without any download: the UNet's shape is read off its weights.
+Checkpoint files are read without any download: the UNet's shape is read off its weights. Prompts are text.py's.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,76 +20,88 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from unguide_core.adapter import Adapter, LowRank
 from unguide_core.layers import chosen_layers, weights_hash
 from unguide_core.training import Recipe, fresh_layers
 
+from . import text
+from .text import Encoded, ModelError, TextEncoders, first_line
+
 NAME = "erasure"
 KOHYA = "lora_unet_"
-_UNET, _TEXT = "model.diffusion_model.", "cond_stage_model.transformer."
-
-
-class ModelError(ValueError):
-    """A base model cannot be used; the message says why."""
+_UNET = "model.diffusion_model."
+_OTHER_SAMPLING = ("v_pred", "edm_mean", "edm_vpred.sigma_max")
+"""What marks a checkpoint whose UNet predicts something else than the noise."""
+TIME_ID_WIDTH = 256
+"""Of the embedding of each of the six numbers that SDXL reads besides: sizes and crop."""
+_HEAD = 64
+"""Channels of an attention head in SD 2.x and SDXL, whose projections are linear; SD 1.x has eight heads."""
 
 
 @dataclass
 class Base:
     """A frozen base model.
 
-    unet, text, tokenizer: of diffusers and transformers.
+    unet: of diffusers.
+    texts: its text encoders.
     name, hash: for the card.
     """
 
     unet: Any
-    text: Any
-    tokenizer: Any
+    texts: TextEncoders
     name: str
     hash: str
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The text states of prompts, [77, width] each."""
-        states = {}
-        for prompt in prompts:
-            tokens = self.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-            states[prompt] = self.text(tokens.input_ids.to(self.text.device)).last_hidden_state[0].float()
-        return states
+    @property
+    def size(self) -> int:
+        """Of the pictures that it was trained on, in pixels."""
+        return 1024 if self.unet.config.addition_embed_type else 512
+
+    def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> dict[str, Encoded]:
+        """What the UNet reads of prompts."""
+        return text.encode(self.texts, prompts, device or torch.device("cpu"))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Base:
-        """The same model, moved: the UNet in that precision."""
+        """The same model, its UNet moved, in that precision."""
         torch.nn.Module.to(self.unet, device, dtype)  # diffusers' own warns of what does not concern it
-        self.text.to(device)
         return self
 
 
 def load_base(path: Path, tokenizer: Path | None = None) -> Base:
     """The base model of a checkpoint file or a diffusers folder, float32, frozen.
 
-    Raises: ModelError if it is none, or no Stable Diffusion 1.x.
+    Raises: ModelError if it is none, or neither a Stable Diffusion 1.x nor an SDXL that predicts the noise.
     """
     base = _from_folder(path, tokenizer) if path.is_dir() else _from_file(path, tokenizer)
-    if base.unet.config.addition_embed_type is not None or base.unet.config.cross_attention_dim != 768:
+    config, widths = base.unet.config, [encoder.model.config.hidden_size for encoder in base.texts]
+    kind = "SD 1.x" if len(widths) == 1 else "SDXL"
+    if config.in_channels != 4:
         raise ModelError(
-            f"{path.name!r} has text states of width {base.unet.config.cross_attention_dim}; only Stable Diffusion 1.x "
-            "(width 768) can be trained here so far: train others in the graph, with the node Train Erasure LoRA"
+            f"{path.name!r} takes latents of {config.in_channels} channels, as inpainting models do; expected 4: train "
+            "on the model that draws whole pictures"
+        )
+    if config.cross_attention_dim != sum(widths) or (config.addition_embed_type == "text_time") != (kind == "SDXL"):
+        raise ModelError(
+            f"{path.name!r} has a UNet for text states of width {config.cross_attention_dim} and text encoders of "
+            f"{' + '.join(map(str, widths))}, which makes neither a Stable Diffusion 1.x (768) nor an SDXL (768 + "
+            "1280): train others in the graph, with the node Train Erasure LoRA"
         )
     base.unet.requires_grad_(False).eval()
-    base.text.requires_grad_(False).eval()
     return base
 
 
 def _from_folder(path: Path, tokenizer: Path | None) -> Base:
     try:
-        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", local_files_only=True)
-        text = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", local_files_only=True)
-        words = _tokenizer(tokenizer or path / "tokenizer")
+        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", local_files_only=True).float()
+        texts = text.from_folder(path, tokenizer)
+        scheduler = path / "scheduler" / "scheduler_config.json"
+        predicts = json.loads(scheduler.read_text()).get("prediction_type", "epsilon") if scheduler.exists() else ""
     except (OSError, ValueError) as error:
-        raise ModelError(f"{str(path)!r} is no folder of a diffusers pipeline: {_first_line(error)}") from error
-    unet, text = unet.float(), text.float()
-    return Base(unet, text, words, path.name, weights_hash(unet.state_dict().values()))
+        raise ModelError(f"{str(path)!r} is no folder of a diffusers pipeline: {first_line(error)}") from error
+    if predicts not in ("", "epsilon"):
+        raise ModelError(_predicting(path, repr(predicts)))
+    return Base(unet, texts, path.name, weights_hash(unet.state_dict().values()))
 
 
 def _from_file(path: Path, tokenizer: Path | None) -> Base:
@@ -97,89 +110,77 @@ def _from_file(path: Path, tokenizer: Path | None) -> Base:
     try:
         weights = {name: tensor.float() for name, tensor in load_file(path).items() if tensor.is_floating_point()}
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path.name!r} cannot be read: {_first_line(error)}; download it again") from error
+        raise ModelError(f"{path.name!r} cannot be read: {first_line(error)}; download it again") from error
     if f"{_UNET}input_blocks.0.0.weight" not in weights:
         raise ModelError(
-            f"{path.name!r} holds no UNet under {_UNET!r}; expected a whole Stable Diffusion 1.x checkpoint"
+            f"{path.name!r} holds no UNet under {_UNET!r}; expected a whole checkpoint of Stable Diffusion 1.x or SDXL"
         )
-    if not any(name.startswith(_TEXT) for name in weights):
-        raise ModelError(f"{path.name!r} holds no CLIP-L under {_TEXT!r}; expected a Stable Diffusion 1.x checkpoint")
+    if marks := [name for name in _OTHER_SAMPLING if name in weights]:
+        raise ModelError(_predicting(path, f"something else (it holds {marks[0]!r})"))
     if tokenizer is None:
         raise ModelError(
             "a checkpoint file has no tokenizer: give the folder of CLIP's with --tokenizer, such as ComfyUI's "
             "comfy/sd1_tokenizer"
         )
-    config = unet_config({name.removeprefix(_UNET): w for name, w in weights.items() if name.startswith(_UNET)})
+    texts = text.from_weights(weights, tokenizer, path.name)
+    own = {name.removeprefix(_UNET): w for name, w in weights.items() if name.startswith(_UNET)}
+    config = unet_config(own)
     unet: Any = UNet2DConditionModel(**config)
-    unet.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), config))
-    kept = [tensor for name, tensor in weights.items() if name.startswith(_UNET)]
-    return Base(unet, _text_encoder(weights), _tokenizer(tokenizer), path.stem, weights_hash(kept))
+    try:
+        unet.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), config))
+    except (RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"the UNet of {path.name!r} is no plain Stable Diffusion 1.x or SDXL one: {first_line(error)}; give the "
+            "folder that diffusers saved of it, which says its shape"
+        ) from error
+    return Base(unet, texts, path.stem, weights_hash(own.values()))
+
+
+def _predicting(path: Path, what: str) -> str:
+    return (
+        f"the UNet of {path.name!r} predicts {what}; expected the noise (epsilon), as SD 1.x and SDXL do: train it in "
+        "the graph, with the node Train Erasure LoRA"
+    )
 
 
 def unet_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration of diffusers' UNet for the weights of an SD 1.x UNet in the original's names."""
+    """The configuration of diffusers' UNet for the weights of an SD 1.x or SDXL UNet in the original's names."""
     width = weights["input_blocks.0.0.weight"].shape[0]
     downs = [n for n in range(1, 100) if f"input_blocks.{n}.0.op.weight" in weights]
     pattern = r"input_blocks\.\d+\.0\.in_layers\.0\.weight"
     blocks = sum(re.fullmatch(pattern, name) is not None for name in weights)
     per_level = downs[0] if downs else blocks + 1
-    layers = per_level - 1
-    channels, attention = [], []
-    for level in range(len(downs) + 1):
-        first = 1 + level * per_level
-        channels.append(weights[f"input_blocks.{first}.0.out_layers.3.weight"].shape[0])
-        attention.append(f"input_blocks.{first}.1.proj_in.weight" in weights)
+    firsts = [1 + level * per_level for level in range(len(downs) + 1)]
+    channels = [weights[f"input_blocks.{n}.0.out_layers.3.weight"].shape[0] for n in firsts]
+    depths = [_depth(weights, f"input_blocks.{n}.1.") for n in firsts]
     context = next(w.shape[1] for name, w in weights.items() if name.endswith("attn2.to_k.weight"))
     linear = any(w.ndim == 2 for name, w in weights.items() if name.endswith("proj_in.weight"))
     assert channels[0] == width
-    return {
+    config = {
         "in_channels": weights["input_blocks.0.0.weight"].shape[1],
         "out_channels": weights["out.2.weight"].shape[0],
         "block_out_channels": tuple(channels),
-        "layers_per_block": layers,
-        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        "layers_per_block": per_level - 1,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)),
+        "transformer_layers_per_block": tuple(max(1, depth) for depth in depths),
         "cross_attention_dim": context,
-        "attention_head_dim": 8,
+        "attention_head_dim": tuple(max(1, n // _HEAD) for n in channels) if linear else 8,
         "use_linear_projection": linear,
         "addition_embed_type": None,
         "class_embed_type": None,
     }
+    if "label_emb.0.0.weight" in weights:
+        added = weights["label_emb.0.0.weight"].shape[1]
+        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": TIME_ID_WIDTH}
+        config |= {"projection_class_embeddings_input_dim": added}
+    return config
 
 
-def _text_encoder(weights: Mapping[str, Tensor]) -> Any:
-    own = {name.removeprefix(_TEXT): tensor for name, tensor in weights.items() if name.startswith(_TEXT)}
-    numbers = [int(found[1]) for name in own if (found := re.search(r"encoder\.layers\.(\d+)\.", name))]
-    embedding = own["text_model.embeddings.token_embedding.weight"]
-    with torch.device("meta"):
-        config = CLIPTextConfig(
-            vocab_size=embedding.shape[0],
-            hidden_size=embedding.shape[1],
-            intermediate_size=own["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-            num_hidden_layers=max(numbers) + 1,
-            num_attention_heads=embedding.shape[1] // 64,
-            hidden_act="quick_gelu",
-        )
-    text = CLIPTextModel(config)
-    expected = set(text.state_dict())
-    if not expected & set(own):  # newer versions of transformers name its layers without the outer model
-        own = {name.removeprefix("text_model."): tensor for name, tensor in own.items()}
-    missing = expected - set(own) - {name for name in expected if name.endswith("position_ids")}
-    if missing:
-        raise ModelError(f"the checkpoint's text encoder lacks {len(missing)} weights, such as {min(missing)!r}")
-    text.load_state_dict({name: own[name] for name in expected if name in own}, strict=False)
-    return text
-
-
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"there is no CLIP tokenizer in {str(folder)!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _depth(weights: Mapping[str, Tensor], place: str) -> int:
+    """How many transformer blocks there are at a place in the UNet."""
+    inside = f"{place}transformer_blocks."
+    return len({name.removeprefix(inside).split(".")[0] for name in weights if name.startswith(inside)})
 
 
 # ---------------------------------------------------------------- the adapter
@@ -275,27 +276,28 @@ class DiffusersPredictor:
     """A UNet of diffusers with a peft adapter, as `unguide_core.training` wants it.
 
     Args:
-        states: text states by prompt.
+        encoded: prompts by name.
         autocast: makes the context of mixed precision; None computes as the weights are.
     """
 
     def __init__(
         self,
         unet: Any,
-        states: Mapping[str, Tensor],
+        encoded: Mapping[str, Encoded],
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     ):
-        self.unet, self.states, self.autocast = unet, states, autocast or nullcontext
+        self.unet, self.encoded, self.autocast = unet, encoded, autocast or nullcontext
         self.tuned = [module for module in unet.modules() if hasattr(module, "lora_A")]
         self.adapting = False
         self._enable(False)
 
     def __call__(self, z: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
         """The predicted noise of each row, float32."""
-        states = torch.stack([self.states[prompt] for prompt in prompts]).to(z.device)
-        dtype = self.unet.conv_in.weight.dtype
+        encoded, dtype = [self.encoded[prompt] for prompt in prompts], self.unet.conv_in.weight.dtype
+        states = torch.stack([one.states for one in encoded]).to(z.device, dtype)
         with self.autocast():
-            return self.unet(z.to(dtype), timesteps, states.to(dtype)).sample.float()
+            added = _added(encoded, z, dtype)
+            return self.unet(z.to(dtype), timesteps, states, added_cond_kwargs=added).sample.float()
 
     @contextmanager
     def adapted(self) -> Iterator[None]:
@@ -323,3 +325,13 @@ class DiffusersPredictor:
         for module in self.tuned:
             # not peft's enable_adapters, which sets requires_grad as well
             module._disable_adapters = not enabled
+
+
+def _added(encoded: Sequence[Encoded], z: Tensor, dtype: torch.dtype) -> dict[str, Tensor] | None:
+    """What SDXL reads besides: pooled states, and the picture's size, no crop, the size again, in pixels."""
+    pooled = [one.pooled for one in encoded if one.pooled is not None]
+    if not pooled:
+        return None
+    height, width = (8 * side for side in z.shape[-2:])
+    sizes = torch.tensor([[height, width, 0, 0, height, width]], device=z.device, dtype=dtype)
+    return {"text_embeds": torch.stack(pooled).to(z.device, dtype), "time_ids": sizes.expand(len(pooled), -1)}

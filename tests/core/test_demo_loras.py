@@ -5,7 +5,7 @@ import torch
 
 from demo.captions import CLASSES, SYNONYMS
 from demo.erasure import LORAS, PREFIX, RECIPES, narrowed, path_of, widened
-from demo.narrow import ADAPTED, LATENT, base_sha256, normal_sigmas
+from demo.narrow import ADAPTED, LATENT, base_hash, normal_sigmas
 from demo.unet import WIDE_WIDTH, UNet
 from unguide_core.adapter import Adapter, initial_low_rank
 from unguide_core.calibration import Calibration
@@ -26,7 +26,7 @@ def wide_shapes() -> dict[str, tuple[int, ...]]:
 def test_a_shipped_lora_fits_every_text_layer_of_the_demo_model(objective, concept, wide_shapes):
     adapter = load_adapter(path_of(LORAS, objective, concept))
     assert {name: layer.weight_shape for name, layer in adapter.layers.items()} == wide_shapes
-    assert adapter.card.base_hash == base_sha256()
+    assert adapter.card.base_hash == base_hash()
 
 
 @pytest.mark.parametrize(("objective", "concept"), FILES)

@@ -165,6 +165,14 @@ def test_kept_and_held_out_latents_are_the_base_models_own():
     assert set(batch.prompts) == {"cat", "kitty"}
 
 
+def test_every_prompt_to_keep_is_met_however_many_there_are():
+    prompts = replace(PROMPTS, kept=("", "dog", "ship", "forest"))
+    for trajectories in (1, 6):
+        kept = training(replace(SMALL, kept_trajectories=trajectories), prompts)._prepared()
+        assert set(kept.prompts) == set(prompts.kept)
+        assert len(kept) == max(trajectories, 4) * SMALL.schedule_steps
+
+
 def test_the_held_out_loss_starts_near_one_and_falls():
     made, _ = finished(replace(SMALL, check=5, patience=100))
     assert len(made.held_out) == 12

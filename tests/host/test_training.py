@@ -41,11 +41,13 @@ LIMITS = {"loss": 1e-5, "weights": 1e-6}
 def sums(module: torch.nn.Module) -> dict[str, str]:
     """A digest of every weight's and buffer's bytes."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, tensor in tensors.items()
-        if tensor.numel()
-    }
+    return {name: digest(tensor) for name, tensor in tensors.items() if tensor.numel()}
+
+
+def digest(tensor: Tensor) -> str:
+    return hashlib.sha256(
+        tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def test_the_adapter_is_float32_has_learnt_and_names_the_models_own_layers(demo,
     assert len(trained.held_out) == 2
 
 
-def test_the_card_says_what_was_trained_and_how(demo, trained):
+def test_the_card_says_what_was_trained_and_how(demo, demo_lora, trained):
     card = trained.adapter.card
     assert (card.target, card.reference, card.neutral) == (TARGET, REFERENCE, EMPTY)
     assert (card.rank, card.alpha, card.base_model) == (1, 8.0, "SD15")
@@ -98,6 +100,7 @@ def test_the_card_says_what_was_trained_and_how(demo, trained):
     assert card.settings["loop"] == "selective"
     weights = [w for n, w in demo.model.model.state_dict().items() if n.startswith("diffusion_model.")]
     assert card.base_hash == pack_module("unguide_core.layers").weights_hash(weights)
+    assert card.base_hash == demo_lora.adapter.card.base_hash
 
 
 def test_the_same_seed_trains_the_same_adapter_and_another_seed_another(demo, job, trained, latent):
@@ -177,23 +180,62 @@ def test_a_learning_rate_that_diverges_stops_with_a_sentence_and_a_clean_model(d
     assert [n for n, m in demo.model.model.named_modules() if "forward" in m.__dict__] == []
 
 
-@pytest.fixture(scope="module")
-def half_model():
-    """The demo's model in another precision, loaded by the host's own code."""
+def test_previews_are_sent_to_the_page_every_n_iterations_and_at_the_end(demo, job, latent, monkeypatch):
+    """By the host's own progress bar and previewer, as its samplers send theirs."""
+    import comfy.utils
+    import latent_preview
+
+    sent: list[tuple[int, Any]] = []
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: sent.append((value, preview))
+    )
+    previewed = replace(job, recipe=replace(QUICK, iterations=5, refresh=5, check=0), preview_every=2)
+    announcer = pack_module("unguide_comfy.announcing").Announcer(demo.model, previewed.recipe.iterations)
+    training.train_erasure_lora(demo.model, previewed, latent, announcer)
+    pictures = {value: preview for value, preview in sent if preview is not None}
+    assert list(pictures) == [2, 4, 5]
+    assert {preview[0] for preview in pictures.values()} == {"JPEG"}
+    drawn = [preview[1].resize((8, 8)).tobytes() for preview in pictures.values()]
+    assert len(set(drawn)) == 3
+
+
+@pytest.fixture
+def demo_weights() -> dict[str, Tensor]:
+    """The weights of the demo's UNet, under their names in the checkpoint file."""
     import folder_paths
 
     path = folder_paths.get_full_path_or_raise("checkpoints", "unguide-demo.safetensors")
-
-    def load(dtype: torch.dtype) -> Any:
-        weights = {k: v for k, v in load_file(path).items() if k.startswith("model.diffusion_model.")}
-        return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
-
-    return load
+    return {k: v for k, v in load_file(path).items() if k.startswith("model.diffusion_model.")}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_a_model_in_low_precision_trains_a_float32_adapter_and_stays_as_it_is(half_model, job, trained, latent, dtype):
-    model = half_model(dtype)
+def scaled_fp8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights as a quantised checkpoint has them: linear layers in fp8, each with a scale."""
+    prefix = "model.diffusion_model."
+    quantised = {**weights, f"{prefix}scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    for name, weight in weights.items():
+        if weight.ndim == 2 and ".transformer_blocks." in name:
+            scale = weight.float().abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            quantised[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+            quantised[f"{name.removesuffix('.weight')}.scale_weight"] = scale
+    return quantised
+
+
+def test_a_quantised_model_is_trained_on_and_stays_as_it_is(demo_weights, job, trained, latent):
+    model = comfy.sd.load_diffusion_model_state_dict(scaled_fp8(demo_weights))
+    layer = model.model.get_submodule(next(iter(trained.adapter.layers)))
+    assert layer.weight.is_inference()
+    assert type(layer.weight) is not torch.nn.Parameter
+    before = {name: digest(weight) for name, weight in model.model.state_dict().items()}
+    low = training.train_erasure_lora(model, job, latent)
+    assert {name: digest(weight) for name, weight in model.model.state_dict().items()} == before
+    assert list(low.losses) == pytest.approx(list(trained.losses), rel=0.25)
+    assert all(torch.count_nonzero(layer.up) for layer in low.adapter.layers.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_model_in_low_precision_trains_a_float32_adapter_and_stays(demo_weights, job, trained, latent, dtype):
+    model = comfy.sd.load_diffusion_model_state_dict(demo_weights, model_options={"dtype": dtype})
     before = sums(model.model)
     low = training.train_erasure_lora(model, job, latent)
     assert sums(model.model) == before

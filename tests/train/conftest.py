@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from dev.host import Host
+from tests.conftest import pack_module
 from tests.host.conftest import CHECKPOINT, Demo, demo, inference_mode  # noqa: F401  (fixtures)
 from unguide_train.config import Config, from_values
 
@@ -23,6 +25,24 @@ QUICK = {
     "refresh": 2,
     "check": 2,
 }
+SHAPE = (4, 8, 8)
+
+
+def in_the_graph(model: Any, encode: Callable[[str], Any], config: Config) -> Any:
+    """What the node trains, of a configuration of unguide_train.
+
+    Args:
+        encode: a prompt's CONDITIONING.
+    """
+    core, training = pack_module("unguide_core.training"), pack_module("unguide_comfy.training")
+    (concept,) = config.concepts
+    theirs = config.prompts_of(concept)
+    pairs = tuple(core.Pair(pair.target, pair.reference) for pair in theirs.erased)
+    prompts = core.Prompts(pairs, theirs.kept, theirs.neutral)
+    recipe = core.Recipe(**config.full_recipe.__dict__)
+    job = training.Job(recipe, prompts, {name: encode(name) for name in prompts.names})
+    with torch.inference_mode():
+        return training.train_erasure_lora(model, job, torch.zeros(1, *SHAPE))
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +64,7 @@ def settings(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> dict[str, Any
         "out": tmp_path,
         "size": 64,
         "recipe": dict(QUICK),
+        "kept": ["", "a photo of the dog"],
         "concepts": [{"concept": "cat", "reference": "forest", "synonyms": ["kitty"]}],
     }
 
@@ -60,4 +81,4 @@ def ordinary_mode(inference_mode):  # noqa: F811
         yield
 
 
-__all__ = ["QUICK", "Demo", "asdict"]
+__all__ = ["QUICK", "SHAPE", "Demo", "asdict", "in_the_graph"]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.conftest import pack_module
+from tests.train.conftest import SHAPE, in_the_graph
 from unguide_core.formats import load_adapter, save_adapter
 from unguide_core.training import PRESETS
-from unguide_train.config import Config, from_values
+from unguide_train.config import from_values
 from unguide_train.job import train_concept
 from unguide_train.model import DiffusersPredictor, apply_adapter, load_base
 
@@ -19,7 +20,6 @@ training = pack_module("unguide_comfy.training")
 core = pack_module("unguide_core.training")
 # the two programs' float32 arithmetic differs in its order; Adam's first steps amplify it where a gradient is near 0
 LIMITS = {"eps": 1e-4, "loss, relative": 1e-3, "change of weights, relative": 1e-2}
-SHAPE = (4, 8, 8)
 
 
 @pytest.fixture(scope="module")
@@ -27,26 +27,14 @@ def base(checkpoint, tokenizer):
     return load_base(checkpoint, tokenizer)
 
 
-def in_the_graph(demo, config: Config):
-    """What the node trains, of a configuration of unguide_train."""
-    (concept,) = config.concepts
-    theirs = config.prompts_of(concept)
-    pairs = tuple(core.Pair(pair.target, pair.reference) for pair in theirs.erased)
-    prompts = core.Prompts(pairs, theirs.kept, theirs.neutral)
-    recipe = core.Recipe(**config.full_recipe.__dict__)
-    job = training.Job(recipe, prompts, {name: demo.encode(name) for name in prompts.names})
-    with torch.inference_mode():
-        return training.train_erasure_lora(demo.model, job, torch.zeros(1, *SHAPE))
-
-
 def test_text_states_and_predictions_are_the_hosts(demo, base):
     z = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(0))
     times, prompts = torch.tensor([900, 300]), ["a photo of the cat", ""]
-    states = base.encode(prompts)
+    encoded = base.encode(prompts)
     for prompt in prompts:
         host = demo.encode(prompt)[0][0][0].float()
-        assert float((states[prompt] - host).abs().max()) < LIMITS["eps"]
-    found = DiffusersPredictor(base.unet, states)(z, times, prompts).detach()
+        assert float((encoded[prompt].states - host).abs().max()) < LIMITS["eps"]
+    found = DiffusersPredictor(base.unet, encoded)(z, times, prompts).detach()
     model = demo.model.model
     sigma = model.model_sampling.sigmas[times].float()
     x = z * (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()
@@ -62,7 +50,7 @@ def test_both_trainers_give_the_same_adapter_from_the_same_seed(demo, settings, 
     recipe = settings["recipe"] if preset == "selective" else {"schedule_steps": 10, "iterations": 3}
     config = from_values({**settings, "preset": preset, "recipe": {**recipe, "seed": 7}})
     summary = train_concept(config, config.concepts[0], quiet=True)
-    here, there = load_adapter(summary.path), in_the_graph(demo, config)
+    here, there = load_adapter(summary.path), in_the_graph(demo.model, demo.encode, config)
     graph = {name: layer for name, layer in there.adapter.layers.items()}
     assert summary.evaluations == there.evaluations
     assert summary.loss == pytest.approx(there.losses[-1], rel=LIMITS["loss, relative"])
@@ -81,7 +69,7 @@ def test_both_trainers_give_the_same_adapter_from_the_same_seed(demo, settings, 
 
 
 def test_each_trainers_file_does_the_same_in_the_other_program(demo, config, tmp_path: Path, checkpoint, tokenizer):
-    graph = in_the_graph(demo, config).adapter
+    graph = in_the_graph(demo.model, demo.encode, config).adapter
     save_adapter(load_and_reload(graph, tmp_path / "graph.safetensors"), tmp_path / "again.safetensors")
     ours = load_adapter(train_concept(config, config.concepts[0], quiet=True).path)
     z = torch.randn((1, *SHAPE), generator=torch.Generator().manual_seed(0))

@@ -85,6 +85,22 @@ def test_a_concept_that_cannot_be_trained_is_reported_and_the_others_are_trained
     assert load_adapter(finished["dog"].path).card.concept == "dog"
 
 
+def test_auto_uses_the_cluster_that_is_there_and_leaves_it_running(settings, monkeypatch) -> None:
+    from ray.cluster_utils import Cluster
+
+    settings |= {"preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10}}
+    config = from_values(settings)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        ((_, summary),) = train_on_ray(config, config.concepts, "auto")
+        assert not isinstance(summary, Exception), summary
+        assert load_adapter(summary.path).card.concept == "cat"
+        assert cluster.remaining_processes_alive()
+    finally:
+        cluster.shutdown()
+
+
 def test_no_cluster_is_said_in_a_sentence(config) -> None:
     with pytest.raises(ClusterError, match=r"ray start --head.*--ray local"):
         list(train_on_ray(config, config.concepts, "127.0.0.1:1"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +17,15 @@ from safetensors.torch import save_file
 
 from tests.conftest import ROOT
 from tests.train.conftest import QUICK
-from unguide_core.formats import AdapterError, load_adapter
+from unguide_core.formats import load_adapter
 from unguide_train import checkpoint as checkpoints
 from unguide_train import job
 from unguide_train.cli import main
 from unguide_train.config import ConfigError, from_values
 from unguide_train.model import ModelError, load_base
+
+FULL = 10_000
+"""Bytes; a LoRA of the demo model has some 90,000."""
 
 
 @pytest.fixture
@@ -115,29 +120,49 @@ def test_a_checkpoint_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None
     assert torch.equal(again["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing_half_written(settings, tmp_path, monkeypatch) -> None:
-    """A full disk, as the operating system reports it."""
-    config = from_values({**settings, "preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10}})
-
-    def full(source: str, target: str) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as disk:
-        disk.setattr(os, "replace", full)
-        with pytest.raises(AdapterError, match=r"No space left on device.*disk has room"):
-            job.train_concept(config, config.concepts[0], quiet=True)
+def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing_half_written(arguments: list[str], tmp_path: Path) -> None:
+    """The operating system refuses every file beyond a size that the result does not fit in."""
+    command = [sys.executable, "-m", "unguide_train", *arguments, "--iterations", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, FULL)),
+    )
+    assert run.returncode == 1
+    (said,) = [line for line in run.stderr.splitlines() if line.startswith("unguide_train:")]
+    assert re.search(r"cat: .*cat\.safetensors.*File too large.*disk has room", said), said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mixed_precision_trains_a_float32_adapter_with_nearly_the_same_loss(arguments: list[str], tmp_path) -> None:
+    """Each in a process of its own, for accelerate keeps one precision for a process."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        command = [sys.executable, "-m", "unguide_train", *arguments, "--iterations", "1", "--precision", precision]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        losses[precision] = float(re.search(r"\| cat \| 1 \| ([\d.]+) \|", run.stdout).group(1))
+        layers = load_adapter(tmp_path / "cat.safetensors").layers.values()
+        assert {layer.up.dtype for layer in layers} == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["bf16"] != losses["fp32"]
 
 
 def test_a_diffusers_folder_is_the_same_base_as_its_checkpoint_file(checkpoint, tokenizer, tmp_path) -> None:
     base = load_base(checkpoint, tokenizer)
     base.unet.save_pretrained(tmp_path / "unet")
-    base.text.save_pretrained(tmp_path / "text_encoder")
-    base.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (text,) = base.texts
+    text.model.save_pretrained(tmp_path / "text_encoder")
+    text.tokenizer.save_pretrained(tmp_path / "tokenizer")
     folder = load_base(tmp_path)
     assert folder.hash == base.hash
     prompt = "a photo of the cat"
-    assert torch.equal(folder.encode([prompt])[prompt], base.encode([prompt])[prompt])
+    assert torch.equal(folder.encode([prompt])[prompt].states, base.encode([prompt])[prompt].states)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +207,7 @@ def test_a_learning_rate_that_diverges_ends_in_a_sentence_and_no_file(arguments,
     [
         ("x.ckpt", None, "no .safetensors file"),
         ("x.safetensors", {"a": torch.zeros(2)}, "holds no UNet"),
-        ("x.safetensors", {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)}, "holds no CLIP-L"),
+        ("x.safetensors", {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)}, "holds no CLIP under"),
     ],
 )
 def test_a_file_that_is_no_base_model_is_refused_by_name(name, tensors, words, tmp_path, tokenizer) -> None:
