@@ -15,6 +15,7 @@ Method = Callable[[Studio, str, str, Sequence[int]], Drawing]
 SETS = ("paper", "selective")
 STRENGTHS = (0.5, 1.0, 2.0)
 MODES = ("official", "probe", "trajectory")
+RESTARTED = "UnGuide trajectory, restart (selective)"
 NEGATIVE, REPLACED = "negative prompt", "replaced prompt"
 OFFICIAL_REPEATS, OFFICIAL_LOOK_AT = 10, 2
 """As the research code: ten noises, a look after a fifth of the steps."""
@@ -36,7 +37,7 @@ def methods() -> dict[str, Method]:
     for kind in SETS:
         found |= {alone(kind, strength): _alone(kind, strength) for strength in STRENGTHS}
         found |= {gated(kind, mode): _gated(kind, mode) for mode in MODES}
-    return found
+    return {**found, RESTARTED: _gated("selective", "trajectory", on_detection="restart")}
 
 
 def draw_base(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
@@ -82,8 +83,9 @@ def _alone(kind: str, strength: float) -> Method:
     return draw
 
 
-def _gated(kind: str, mode: str) -> Method:
+def _gated(kind: str, mode: str, **changed: Any) -> Method:
     def draw(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
-        return studio.guided(studio.lora(kind, concept), studio.encode(prompt), seeds, gate(studio, mode))
+        chosen = replace(gate(studio, mode), **changed)
+        return studio.guided(studio.lora(kind, concept), studio.encode(prompt), seeds, chosen)
 
     return draw
