@@ -75,13 +75,14 @@ def load_base(path: Path, tokenizer: Path | None = None) -> Base:
     """
     base = _from_folder(path, tokenizer) if path.is_dir() else _from_file(path, tokenizer)
     config, widths = base.unet.config, [encoder.model.config.hidden_size for encoder in base.texts]
-    kind = "SD 1.x" if len(widths) == 1 else "SDXL"
+    sdxl = len(widths) == 2
+    known = config.addition_embed_type == "text_time" if sdxl else widths == [768] and not config.addition_embed_type
     if config.in_channels != 4:
         raise ModelError(
             f"{path.name!r} takes latents of {config.in_channels} channels, as inpainting models do; expected 4: train "
             "on the model that draws whole pictures"
         )
-    if config.cross_attention_dim != sum(widths) or (config.addition_embed_type == "text_time") != (kind == "SDXL"):
+    if config.cross_attention_dim != sum(widths) or not known:
         raise ModelError(
             f"{path.name!r} has a UNet for text states of width {config.cross_attention_dim} and text encoders of "
             f"{' + '.join(map(str, widths))}, which makes neither a Stable Diffusion 1.x (768) nor an SDXL (768 + "

@@ -310,6 +310,17 @@ def test_a_folder_that_predicts_velocities_is_refused(tiny: Tiny, tmp_path: Path
         load_base(tmp_path)
 
 
+def test_a_folder_of_another_architecture_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """As SD 2.x: one text encoder, of another width than SD 1.x has."""
+    for part in ("text_encoder", "tokenizer"):
+        (tmp_path / part).symlink_to(tiny.folder / part)
+    down, up = ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)
+    shape = {"block_out_channels": (32,), "layers_per_block": 1, "down_block_types": down, "up_block_types": up}
+    UNet2DConditionModel(**shape, cross_attention_dim=WIDTHS[0]).save_pretrained(tmp_path / "unet")
+    with pytest.raises(ModelError, match=r"neither a Stable Diffusion 1\.x .* nor an SDXL"):
+        load_base(tmp_path)
+
+
 def test_a_unet_without_its_second_text_encoder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     for part in tiny.folder.iterdir():
         if part.name != "text_encoder_2":
