@@ -73,7 +73,8 @@ def summary_of(report: Report) -> str:
         parts.append(f"H_o where the judge must name one of the classes, and may not see none of them: {named}.")
     if report.attacks:
         attacked = attack_table(report.attacks)
-        parts += ["Pictures that still show the concept, percent (found by the gate):", _markdown(*attacked)]
+        parts += ["### Attacks", "Percent of the pictures that still show the concept (found by the gate):"]
+        parts.append(_markdown(*attacked))
     return "\n\n".join(parts)
 
 
