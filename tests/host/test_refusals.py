@@ -122,7 +122,7 @@ def test_a_model_that_predicts_nan(demo, demo_lora):
     [
         ({"probe_steps": 20, "schedule_steps": 20}, "probe_steps is 20 of 20"),
         ({"repeats": 0}, "repeats are 0"),
-        ({"statistic": "vibes"}, "unknown statistic 'vibes'; expected auto, patch"),
+        ({"statistic": "vibes"}, "unknown statistic 'vibes'; expected one of auto, either, patch"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
