@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dev.pack import pack_module, start_host
+from dev.pack import lora_patches, pack_module, start_host
 
 CHECKPOINT, CFG, SEED = "unguide-demo.safetensors", 4.0, 7
 STEPS, LOOK_AT = 30, 6
@@ -152,20 +152,7 @@ class Bench:
     def merged(self, model: Any) -> Any:
         import comfy.sd
 
-        return comfy.sd.load_lora_for_models(model, None, self.patches(), 1.0, 0.0)[0]
-
-    def patches(self) -> dict[str, Any]:
-        import torch
-
-        return {
-            f"{name}.{part}": tensor
-            for name, layer in self.cat.adapter.layers.items()
-            for part, tensor in {
-                "lora_down.weight": layer.down,
-                "lora_up.weight": layer.up,
-                "alpha": torch.tensor(layer.scale * layer.rank),
-            }.items()
-        }
+        return comfy.sd.load_lora_for_models(model, None, lora_patches(self.cat.adapter), 1.0, 0.0)[0]
 
     def with_guider(self, guider: Any, side: int, batch: int) -> Any:
         """Samples with a guider of ours as SamplerCustomAdvanced does."""
@@ -205,7 +192,7 @@ class Bench:
         import comfy.hooks
         import comfy.samplers
 
-        hook = comfy.hooks.create_hook_lora(self.patches(), 1.0, 0.0)
+        hook = comfy.hooks.create_hook_lora(lora_patches(self.cat.adapter), 1.0, 0.0)
 
         class Hooked(comfy.samplers.CFGGuider):
             def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None) -> Any:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 from types import ModuleType
+from typing import Any
 
 from dev.workspace import PACK
 
@@ -47,3 +48,18 @@ def pack_module(name: str) -> ModuleType:
     """A module of the pack, such as `unguide_comfy.gating`."""
     load_pack()
     return importlib.import_module(f"{NAME}.{name}")
+
+
+def lora_patches(adapter: Any) -> dict[str, Any]:
+    """An adapter's weights under the names that the host's own LoRA loader reads."""
+    import torch
+
+    return {
+        f"{name}.{part}": tensor
+        for name, layer in adapter.layers.items()
+        for part, tensor in {
+            "lora_down.weight": layer.down,
+            "lora_up.weight": layer.up,
+            "alpha": torch.tensor(layer.scale * layer.rank),
+        }.items()
+    }

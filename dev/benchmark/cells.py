@@ -126,7 +126,7 @@ def draw_cell(plan: Plan, method: str, concept: str) -> None:
 
 
 def draw_attacks(plan: Plan, concept: str) -> None:
-    """Draws, judges and writes a concept's attacks, with each of `ATTACKED`; a record's kind is the attack."""
+    """Draws, judges and writes a concept's attacks, with base, LoRA and three gates; a record's kind is the attack."""
     import torch
 
     studio_, records = studio(), []

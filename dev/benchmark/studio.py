@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from dev.narrow_host import load_narrow_model, narrow_lora
-from dev.pack import pack_module, start_host
+from dev.pack import lora_patches, pack_module, start_host
 
 CHECKPOINT = "unguide-demo.safetensors"
 CFG, STEPS, SAMPLER, SCHEDULER = 4.0, 10, "euler", "normal"
@@ -84,17 +84,8 @@ class Studio:
     def merged(self, lora: Any) -> Any:
         """A clone of the model with a LoRA merged by the host, as its own LoRA loader does it."""
         import comfy.sd
-        import torch
 
-        patches = {
-            f"{name}.{part}": tensor
-            for name, layer in lora.adapter.layers.items()
-            for part, tensor in {
-                "lora_down.weight": layer.down,
-                "lora_up.weight": layer.up,
-                "alpha": torch.tensor(layer.scale * layer.rank),
-            }.items()
-        }
+        patches = lora_patches(lora.adapter)
         return comfy.sd.load_lora_for_models(self.model, None, patches, lora.strength, 0.0)[0]
 
     def noise(self, seeds: Sequence[int]) -> Any:

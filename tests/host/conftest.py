@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dev.pack import lora_patches
 from tests.conftest import ROOT, pack_module, start_host
 
 start_host()
@@ -66,15 +67,7 @@ def conditioning(context: torch.Tensor) -> list[list[Any]]:
 @pytest.fixture(scope="session")
 def merged_model(golden_model, golden_lora):
     """The golden network with the adapter merged into its weights by the host's own LoRA loader."""
-    patches = {
-        f"{name}.{part}": tensor
-        for name, layer in golden_lora.adapter.layers.items()
-        for part, tensor in {
-            "lora_down.weight": layer.down,
-            "lora_up.weight": layer.up,
-            "alpha": torch.tensor(layer.scale * layer.rank),
-        }.items()
-    }
+    patches = lora_patches(golden_lora.adapter)
     model, _ = comfy.sd.load_lora_for_models(golden_model, None, patches, 1.0, 0.0)
     return model
 
