@@ -12,10 +12,11 @@ from dev.report import Progress
 from dev.tools import require_modules, run_child
 from dev.workspace import PACK
 
+WORKERS = 2  # each has servers and models of its own, and takes up to 6 GB
 SUMMARY = "run the whole test suite in a real ComfyUI (arguments go to pytest)"
 EXTRA = "any other arguments are pytest's (-k golden -s, tests/host)"
 # not `python -m pytest`: that puts the pack's folder first on the path, where nodes/ hides ComfyUI's nodes.py
-MODULES = ("pytest", "hypothesis", "diffusers", "peft", "ray", "nudenet", "torchmetrics", "matplotlib")
+MODULES = ("pytest", "xdist", "hypothesis", "diffusers", "peft", "ray", "nudenet", "torchmetrics", "matplotlib")
 START = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
 
 
@@ -30,7 +31,11 @@ def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> 
     cache = f"cache_dir={host.base_directory / 'pytest_cache'}"
     options = ["--import-mode=importlib", f"--rootdir={PACK}", "-o", cache]
     quick = ["tests/core"] if arguments.quick else []
-    return run_child([str(host.python), "-c", START, *options, *quick, *extra], PACK, test_environment(host))
+    environment = test_environment(host)
+    if not extra and not arguments.quick:
+        options += [f"--numprocesses={WORKERS}", "--dist=loadfile"]
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
+    return run_child([str(host.python), "-c", START, *options, *quick, *extra], PACK, environment)
 
 
 def test_environment(host: Host) -> dict[str, str]:
