@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dev.narrow_host import load_narrow_model, narrow_lora
 from dev.pack import pack_module, start_host
 
 CHECKPOINT, CFG, STEPS = "unguide-demo.safetensors", 4.0, 30
@@ -59,7 +60,7 @@ def with_the_papers_rule(scores: list[Score]) -> list[Score]:
 
 
 class Demo:
-    """The demo model with its ten erasure LoRAs."""
+    """The demo model at its narrow width (`dev.narrow_host`) with its ten erasure LoRAs."""
 
     def __init__(self, kind: str):
         import nodes
@@ -68,10 +69,11 @@ class Demo:
         self.nodes: Any = nodes
         self.gating, self.deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
         load = pack_module("unguide_comfy.erasure").load_erasure_lora
-        self.model, self.clip, self.vae = self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
-        empty = self.encode("")
+        _, self.clip, _ = self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
+        self.model = load_narrow_model()
+        empty, path = self.encode(""), f"unguide-demo/{kind}/{{}}.safetensors"
         self.loras = {
-            concept: replace(load(f"unguide-demo/{kind}/{concept}.safetensors", 1.0, self.clip), neutral=empty)
+            concept: replace(narrow_lora(load(path.format(concept), 1.0, self.clip), self.model), neutral=empty)
             for concept in CLASSES
         }
 

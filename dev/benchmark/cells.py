@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from demo.captions import CLASSES, words_for
-from demo.erasure import photo
+from demo.erasure import LORAS, photo
+from demo.seed import SEED_PATH
 from dev.benchmark.attacks import Trial, attacks
 from dev.benchmark.methods import alone, gate, gated, methods
 from dev.benchmark.studio import LOOK_AT, STEPS, Drawing, Studio, judged, studio
+from dev.cache import digest, file_digest
+from dev.supervise import die_with_parent
 from unguide_bench.scores import BASE, ERASED, OTHER, SYNONYM, Picture, read_pictures, write_pictures
 
 TIMINGS, TIMES = "timings.json", 5
@@ -59,7 +63,7 @@ class Plan:
 
         Raises: ValueError where they are of another one.
         """
-        said = {"seeds": list(self.seeds), "steps": STEPS, "look_at": LOOK_AT}
+        said = {"seeds": list(self.seeds), "steps": STEPS, "look_at": LOOK_AT, "models": models_digest()}
         settings = self.folder / "settings.json"
         if settings.exists() and json.loads(settings.read_text()) != said:
             raise ValueError(
@@ -70,6 +74,12 @@ class Plan:
         settings.write_text(json.dumps(said) + "\n")
 
 
+def models_digest() -> str:
+    """SHA-256 over the demo model's file and those of its erasure LoRAs."""
+    files = [SEED_PATH, *sorted(LORAS.rglob("*.safetensors"))]
+    return digest([[path.name, file_digest(path)] for path in files])
+
+
 def asked(concept: str, others: Sequence[str] = CLASSES) -> list[Asked]:
     """The prompts of a concept's rows: its name, its synonyms, the other classes' names."""
     own = [Asked(photo(word), SYNONYM if i else ERASED, concept) for i, word in enumerate(words_for(concept))]
@@ -77,9 +87,11 @@ def asked(concept: str, others: Sequence[str] = CLASSES) -> list[Asked]:
 
 
 def start_worker() -> None:
-    """Gives this process one core."""
+    """Gives this process one core, and ends it with the one that started it."""
     import torch
 
+    if end_with_parent := die_with_parent(signal.SIGTERM):
+        end_with_parent()
     torch.set_num_threads(1)
 
 

@@ -16,6 +16,7 @@ SETS = ("paper", "selective")
 STRENGTHS = (0.5, 1.0, 2.0)
 MODES = ("official", "probe", "trajectory")
 RESTARTED = "UnGuide trajectory, restart (selective)"
+STRONGER = "UnGuide trajectory, weight -1 (paper)"
 NEGATIVE, REPLACED = "negative prompt", "replaced prompt"
 OFFICIAL_REPEATS, OFFICIAL_LOOK_AT = 10, 2
 """As the research code: ten noises, a look after a fifth of the steps."""
@@ -37,7 +38,8 @@ def methods() -> dict[str, Method]:
     for kind in SETS:
         found |= {alone(kind, strength): _alone(kind, strength) for strength in STRENGTHS}
         found |= {gated(kind, mode): _gated(kind, mode) for mode in MODES}
-    return {**found, RESTARTED: _gated("selective", "trajectory", on_detection="restart")}
+    found[RESTARTED] = _gated("selective", "trajectory", on_detection="restart")
+    return found | {STRONGER: _gated("paper", "trajectory", weight_detected=-1.0)}
 
 
 def draw_base(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
@@ -65,15 +67,12 @@ def draw_replaced(studio: Studio, concept: str, prompt: str, seeds: Sequence[int
     return replace(look, latents=latents, rows=rows)
 
 
-def gate(studio: Studio, mode: str) -> Any:
-    """A gate with the settings that all methods share."""
+def gate(studio: Studio, mode: str, **settings: Any) -> Any:
+    """A gate with the settings that all methods share, and others of `ProbeSettings`."""
     official = mode == "official"
-    settings = studio.deciding.ProbeSettings(
-        probe_steps=OFFICIAL_LOOK_AT if official else LOOK_AT,
-        schedule_steps=STEPS,
-        **({"repeats": OFFICIAL_REPEATS} if official else {}),
-    )
-    return studio.gating.Gate(mode, settings)
+    shared = {"probe_steps": OFFICIAL_LOOK_AT if official else LOOK_AT, "schedule_steps": STEPS}
+    repeats = {"repeats": OFFICIAL_REPEATS} if official else {}
+    return studio.gating.Gate(mode, studio.deciding.ProbeSettings(**{**shared, **repeats, **settings}))
 
 
 def _alone(kind: str, strength: float) -> Method:
@@ -83,9 +82,9 @@ def _alone(kind: str, strength: float) -> Method:
     return draw
 
 
-def _gated(kind: str, mode: str, **changed: Any) -> Method:
+def _gated(kind: str, mode: str, on_detection: str = "continue", **settings: Any) -> Method:
     def draw(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
-        chosen = replace(gate(studio, mode), **changed)
+        chosen = replace(gate(studio, mode, **settings), on_detection=on_detection)
         return studio.guided(studio.lora(kind, concept), studio.encode(prompt), seeds, chosen)
 
     return draw

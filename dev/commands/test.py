@@ -12,7 +12,7 @@ from dev.report import Progress
 from dev.tools import require_modules, run_child
 from dev.workspace import PACK
 
-WORKERS = 2  # each has servers and models of its own, and takes up to 6 GB
+WORKERS = 2  # each starts servers and loads models of its own
 SUMMARY = "run the whole test suite in a real ComfyUI (arguments go to pytest)"
 EXTRA = "any other arguments are pytest's (-k golden -s, tests/host)"
 # not `python -m pytest`: that puts the pack's folder first on the path, where nodes/ hides ComfyUI's nodes.py

@@ -81,7 +81,15 @@ def test_a_folder_of_another_run_is_refused(plan):
     with pytest.raises(ValueError, match="holds pictures of another run"):
         replace(plan, seeds=(1,)).claim()
     plan.claim()
-    assert json.loads((plan.folder / "settings.json").read_text())["seeds"] == list(SEEDS)
+    settings = plan.folder / "settings.json"
+    said = json.loads(settings.read_text())
+    assert said["seeds"] == list(SEEDS)
+    settings.write_text(json.dumps({**said, "models": "those before they were trained anew"}))
+    try:
+        with pytest.raises(ValueError, match="holds pictures of another run"):
+            plan.claim()
+    finally:
+        settings.write_text(json.dumps(said))
 
 
 def test_every_way_to_erase_draws(plan):
