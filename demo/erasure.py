@@ -48,9 +48,9 @@ SETS = ("paper", "selective")
 PREFIX = "diffusion_model."
 
 REFERENCES: dict[str, str] = {
-    "airplane": "street",
+    "airplane": "sea",
     "automobile": "beach",
-    "bird": "desert",
+    "bird": "field",
     "cat": "forest",
     "deer": "sea",
     "dog": "field",
