@@ -50,7 +50,7 @@ PREFIX = "diffusion_model."
 REFERENCES: dict[str, str] = {
     "airplane": "sea",
     "automobile": "beach",
-    "bird": "sea",
+    "bird": "beach",
     "cat": "forest",
     "deer": "sea",
     "dog": "field",
