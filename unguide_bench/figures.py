@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from .scores import BASE, OTHER, Picture, Score
 
 INK, FAINT, PAPER, ACCENT, COOL = "#1f2328", "#6e7781", "#ffffff", "#b3261e", "#1a5fb4"
-MARKERS = "osD^v<>PX*hpd8"
+MARKERS = "osD^v<>PX*d"
+"""An odd number of them: each comes hollow once and full once before one comes again."""
 COST_TICKS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 10)
 
 
