@@ -21,7 +21,7 @@ from unguide_bench.report import Report, write_report
 from unguide_bench.scores import BASE, Picture, as_json
 
 FIRST_SEED = 500_000
-"""Seeds from here on served neither for training nor for calibration. (Two adapters' references were chosen by them.)"""
+"""Seeds from here on served neither for training nor for calibration, but had a part in choosing two references."""
 SEEDS, QUICK_SEEDS = 20, 3
 ATTACKED = 4
 """So many of the concepts are attacked: an attack takes longer than all else that is drawn of a concept's method."""
