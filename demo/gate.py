@@ -2,7 +2,7 @@
 
 After two of twenty steps of the base model the adapter is looked at once. `influence` decides, relative to that of the
 concept's own prompt, against a threshold that was calibrated for one false alarm in a hundred; where the calibration
-does not tell the concept from other prompts, `alignment`. What is found is erased from that step on, with weight 0;
+does not speak for it, `alignment`. What is found is erased from that step on, with weight 0;
 all else is the base model's. The rules are `unguide_core.calibration`'s and `unguide_core.probe`'s; `python3 dev gate`
 measures the same in ComfyUI, for the shipped erasure LoRAs. It does not know training, or what judges pictures.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unguide_core.calibration import Level, Spread, Threshold
+from unguide_core.calibration import UNCALIBRATED, Level, Spread, Threshold, tells_apart
 from unguide_core.probe import alignment, influence
 from unguide_core.trajectory import partial_denoise, to_sigma_space
 
@@ -143,15 +143,14 @@ def calibrated(looks: Looks, concept: str, layers: Layers) -> Gate:
     within, others = calibration_prompts(concept)
     own = looks.influence(within[:1], layers, CALIBRATED_FROM, OWN_REPEATS).flatten()
     baseline = float(own.mean())
-    placed_and_named = looks.influence(within[1:], layers, CALIBRATED_FROM, REPEATS).flatten()
-    scores = torch.cat([own, placed_and_named]) / baseline
-    threshold = _threshold(scores, looks.influence(others, layers, CALIBRATED_FROM, REPEATS) / baseline)
-    if threshold.separates:
-        return Gate(looks, concept, layers, "influence", baseline, threshold)
-    pulls = [looks.alignment(prompts, concept, CALIBRATED_FROM, REPEATS) for prompts in (within, others)]
-    return Gate(looks, concept, layers, "alignment", 1.0, _threshold(*pulls))
+    scores = torch.cat([own, looks.influence(within[1:], layers, CALIBRATED_FROM, REPEATS).flatten()])
+    influenced = _level(scores / baseline, looks.influence(others, layers, CALIBRATED_FROM, REPEATS) / baseline)
+    pulls = (looks.alignment(prompts, concept, CALIBRATED_FROM, REPEATS) for prompts in (within, others))
+    if tells_apart(influenced, _level(*pulls), FALSE_ALARM_RATE):
+        return Gate(looks, concept, layers, "influence", baseline, influenced.threshold(FALSE_ALARM_RATE))
+    return Gate(looks, concept, layers, "alignment", 1.0, UNCALIBRATED["alignment"])
 
 
-def _threshold(concept: Tensor, others: Tensor) -> Threshold:
+def _level(concept: Tensor, others: Tensor) -> Level:
     spreads = Spread.of(concept.flatten().tolist(), upper=False), Spread.of(others.flatten().tolist(), upper=True)
-    return Level(0.0, 1.0, 0.0, *spreads).threshold(FALSE_ALARM_RATE)
+    return Level(0.0, 1.0, 0.0, *spreads)

@@ -76,9 +76,10 @@ def _described(lora: object) -> str:
     calibration = core.Calibration.from_card(lora.adapter.card.calibration)  # type: ignore[attr-defined]
     parts = []
     for name, levels in calibration.levels.items():
-        thresholds = [level.threshold(0.01) for level in levels]
-        parts.append(f"{name} " + " ".join(f"{t.score:.2f}{'' if t.separates else '!'}" for t in thresholds))
-    return ", ".join(parts) + " (thresholds by falling noise level; ! where the prompts overlap)"
+        scores = [level.threshold(0.01).score for level in levels]
+        missed = [level.concept.share_below(score) for level, score in zip(levels, scores, strict=True)]
+        parts.append(f"{name} " + " ".join(f"{at:.2f} ({share:.0%})" for at, share in zip(scores, missed, strict=True)))
+    return ", ".join(parts) + " (thresholds by falling noise level, and the share of the concept's prompts below)"
 
 
 def main() -> None:

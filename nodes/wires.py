@@ -143,7 +143,7 @@ def probe_inputs() -> list[Any]:
             "patch: the same where it is strongest. alignment: does the prompt pull the picture where the concept's "
             "own prompt pulls it. either: influence or alignment, against text that was optimised to hide the concept. "
             "paper: the effect against that on the neutral prompt. auto: influence where the LoRA's card is calibrated "
-            "for it, else alignment.",
+            "and says that it misses less, else alignment.",
         ),
         advanced(
             io.Float,

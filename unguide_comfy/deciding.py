@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..unguide_core.calibration import Threshold
+from ..unguide_core.calibration import UNCALIBRATED, Threshold, tells_apart
 from ..unguide_core.probe import (
     BINARY,
     POLICIES,
@@ -30,12 +30,6 @@ log = logging.getLogger(__name__)
 AUTO, EITHER = "auto", "either"
 CHOICES = (AUTO, EITHER, *STATISTICS)
 RELATIVE = ("patch", "influence")
-# without a calibration; measured over ten concepts: see docs/gate.md
-DEFAULT_THRESHOLDS = {
-    "patch": Threshold(0.68, 1.0, False),
-    "influence": Threshold(0.68, 1.0, False),
-    "alignment": Threshold(0.5, 0.9, False),
-}
 
 
 @dataclass(frozen=True)
@@ -44,8 +38,9 @@ class ProbeSettings:
 
     Args:
         statistic: "patch", "influence", "alignment", "paper", or "auto": influence where the card's calibration
-            separates the concept from other prompts, else alignment, else what the inputs allow; "either" of influence
-            and alignment: text that was optimised to get past an adapter hardly moves it, and still pulls the picture.
+            tells the concept from other prompts better than alignment does, else alignment, else what the inputs
+            allow; "either" of influence and alignment: text that was optimised to get past an adapter hardly moves it,
+            and still pulls the picture.
         threshold: score at or above which the concept counts as detected; 0 takes the calibration's, or the
             statistic's own.
         false_alarm_rate: share of other prompts that a calibrated threshold may take for the concept.
@@ -177,11 +172,17 @@ class Case:
                 if lacking:
                     raise ValueError(f"the statistic {name!r} of erasure LoRA {self.lora.name!r} needs {lacking}")
             return names, self._reason(names[0], "or alignment, as chosen" if asked == EITHER else "as chosen")
-        calibrated = self.threshold("influence").separates and self.missing("influence") is None
-        for name in (*(("influence",) if calibrated else ()), "alignment", "influence", "paper"):
+        first = ("influence",) if self._tells_apart() else ()
+        for name in (*first, "alignment", "influence", "paper"):
             if self.missing(name) is None:
                 return (name,), self._reason(name, "the best that inputs and card allow")
         raise ValueError(f"no gate for erasure LoRA {self.lora.name!r}: it needs {self.missing('paper')}")
+
+    def _tells_apart(self) -> bool:
+        """Whether the card's calibration speaks for influence."""
+        influence = self.card["influence"].level
+        alignment = read_card(self.judge.context, self.lora, "alignment", self.look).level
+        return influence is not None and tells_apart(influence, alignment, self.judge.settings.false_alarm_rate)
 
     def _reason(self, name: str, why: str) -> str:
         parts = [f"{name}, {why}"]
@@ -205,10 +206,10 @@ class Case:
         """The settings' threshold, else the one that the calibration gives, else the statistic's default."""
         settings = self.judge.settings
         level = self.card[statistic].level if statistic in RELATIVE else None
-        measured = DEFAULT_THRESHOLDS[statistic] if level is None else level.threshold(settings.false_alarm_rate)
+        measured = UNCALIBRATED[statistic] if level is None else level.threshold(settings.false_alarm_rate)
         if not settings.threshold:
             return measured
-        return Threshold(settings.threshold, max(settings.threshold, measured.certain), measured.separates)
+        return Threshold(settings.threshold, max(settings.threshold, measured.certain))
 
     # values
 

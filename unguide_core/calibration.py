@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -52,6 +53,15 @@ class Spread:
         """Return the score that a share of the scores lies beyond, interpolated in the logarithm of the share."""
         return _interpolated([math.log(s) for s in SHARES], self.tail, math.log(share))
 
+    def share_below(self, score: float) -> float:
+        """Return the share of the scores that lies below one, of a spread whose tail is the lower one.
+
+        Interpolated as `beyond` is; above the largest share that is kept, a normal distribution's.
+        """
+        if score <= self.tail[-1]:
+            return math.exp(_interpolated(self.tail, [math.log(s) for s in SHARES], score))
+        return max(SHARES[-1], NormalDist(self.mean, self.std).cdf(score) if self.std else 1.0)
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -59,12 +69,18 @@ class Threshold:
 
     score: detected at or above it.
     certain: where a detection is beyond doubt.
-    separates: whether the concept's prompts and the others lie on its two sides, but for the share asked for.
     """
 
     score: float
     certain: float
-    separates: bool
+
+
+UNCALIBRATED = {
+    "patch": Threshold(0.68, 1.0),
+    "influence": Threshold(0.68, 1.0),
+    "alignment": Threshold(0.5, 0.9),
+}
+"""Where statistics detect that no calibration speaks for, alignment always; measured: see docs/gate.md."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +108,8 @@ class Level:
         """
         low, high = self.others.beyond(false_alarm_rate), self.concept.beyond(false_alarm_rate)
         low = max(low, 1e-3)
-        separates = high > low
-        score = math.sqrt(low * high) if separates else low
-        return Threshold(score, max(high, score), separates)
+        score = math.sqrt(low * high) if high > low else low
+        return Threshold(score, max(high, score))
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,21 @@ class Calibration:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the card's calibration is damaged ({error!r}); calibrate the adapter anew") from error
+
+
+def tells_apart(influence: Level, alignment: Level | None, false_alarm_rate: float) -> bool:
+    """Return whether influence is the statistic to decide by: one that misses few of the concept's prompts.
+
+    That is where it misses no more of them than the false alarms that are accepted, or fewer than alignment does.
+
+    Args:
+        influence, alignment: at one noise level; None if there is no such figure of alignment.
+        false_alarm_rate: that influence's threshold is for.
+    """
+    missed = influence.concept.share_below(influence.threshold(false_alarm_rate).score)
+    if missed <= false_alarm_rate:
+        return True
+    return alignment is not None and missed < alignment.concept.share_below(UNCALIBRATED["alignment"].score)
 
 
 def _spread(content: Mapping[str, Any]) -> Spread:

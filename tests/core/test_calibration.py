@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from unguide_core.calibration import SHARES, Calibration, Level, Spread
+from unguide_core.calibration import SHARES, Calibration, Level, Spread, tells_apart
 
 
 def spread(low, high, *, upper, count=200):
@@ -29,9 +29,29 @@ def test_a_tail_is_what_a_share_of_the_scores_lies_beyond():
     assert others.beyond(1e-6) == others.beyond(SHARES[0])
 
 
+def test_a_share_below_a_score_is_the_inverse_of_the_score_that_a_share_lies_beyond():
+    own = spread(0.0, 1.0, upper=False, count=1001)
+    for share in (0.001, 0.005, 0.02, 0.3):
+        assert own.share_below(own.beyond(share)) == pytest.approx(share)
+    assert own.share_below(-1.0) == pytest.approx(SHARES[0])
+    assert own.share_below(0.5) == pytest.approx(0.5, abs=0.01)
+    assert own.share_below(9.0) == pytest.approx(1.0)
+    assert Spread.of([0.4, 0.4], upper=False).share_below(0.5) == 1.0
+
+
+def test_influence_decides_where_it_separates_or_misses_less_than_alignment():
+    apart, near, far = level(5.0), level(5.0, others=(0.0, 0.6)), level(5.0, own=(0.1, 0.9), others=(0.0, 0.8))
+    sees_half, sees_nearly_all = level(5.0, own=(0.0, 1.0)), level(5.0, own=(0.45, 1.2))
+    assert tells_apart(apart, None, 0.01)
+    assert tells_apart(apart, sees_nearly_all, 0.01)
+    assert not tells_apart(near, None, 0.01)
+    assert tells_apart(near, sees_half, 0.01)
+    assert not tells_apart(near, sees_nearly_all, 0.01)
+    assert not tells_apart(far, sees_half, 0.01)
+
+
 def test_a_threshold_lies_between_the_two_kinds_of_prompts():
     found = level(5.0).threshold(0.01)
-    assert found.separates
     assert 0.2 < found.score < 0.5
     assert found.score == pytest.approx(math.sqrt(level(5.0).others.beyond(0.01) * level(5.0).concept.beyond(0.01)))
     assert found.certain == pytest.approx(0.507, abs=0.01)
@@ -40,7 +60,6 @@ def test_a_threshold_lies_between_the_two_kinds_of_prompts():
 def test_a_threshold_keeps_the_false_alarm_rate_where_the_prompts_overlap():
     overlapping = level(5.0, own=(0.1, 1.0), others=(0.0, 0.5))
     found = overlapping.threshold(0.03)
-    assert not found.separates
     assert found.score == overlapping.others.beyond(0.03)
     assert found.certain >= found.score
 

@@ -155,6 +155,13 @@ def test_alignment_decides_where_an_adapter_acts_on_other_prompts_as_well(demo):
     assert decision_for(demo, lora, demo.encode(CONCEPT)).statistic == "alignment"
 
 
+def test_influence_decides_where_it_separates_badly_and_alignment_misses_more(demo):
+    lora = load("paper", "deer", demo)
+    decision = decision_for(demo, lora, demo.encode("a photo of the deer"))
+    assert decision.statistic == "influence"
+    assert decision.detected
+
+
 def test_without_a_clip_the_cards_calibration_decides(demo, demo_lora):
     for prompt, expected in ((CONCEPT, True), (UNRELATED[2], False)):
         decision = decision_for(demo, without_clip(demo_lora), demo.encode(prompt))
