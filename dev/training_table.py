@@ -1,19 +1,23 @@
-"""Trains the demo's ten concepts by each of the two ways, the node's and unguide_train's, and measures both.
+"""Trains the demo's ten concepts by each of the two ways, the node's and unguide_train's, and by the official loop.
 
 On the narrow demo model, which computes what the shipped checkpoint computes: for the node as the host's own SD 1.5
 class, for unguide_train as a checkpoint file of that width. Everything is left at what the two ship as defaults but the
-pictures' size. What the adapters erase and spare is measured as `python -m demo.ablation` does. Run by
-`python3 dev training`.
+pictures' size. The official loop is the node's preset `paper` with the learning rate that this model needs. What the
+adapters erase and spare is measured as `python -m demo.ablation` does. Run by `python3 dev training`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,7 +28,7 @@ from dev.pack import pack_module, start_host
 
 CHECKPOINT = "unguide-demo.safetensors"
 SIZE = 64
-WAYS = ("node", "unguide_train")
+WAYS = ("node", "unguide_train", "official loop")
 COLUMNS = ("Acc_e", "Acc_g", "in scenes", "Acc_s")
 
 
@@ -49,20 +53,19 @@ class OutsideTheHost:
 
     Args:
         folder: for the checkpoint file and the results.
-        recipe: changes of the preset's values, besides the seed.
     """
 
-    def __init__(self, folder: Path, seed: int, preset: str):
+    def __init__(self, folder: Path, seed: int):
         from unguide_train.model import load_base
 
-        self.folder, self.seed, self.preset = folder, seed, preset
+        self.folder, self.seed = folder, seed
         self.checkpoint = folder / "narrow.safetensors"
         self.tokenizer = Host.from_environment().comfyui / "comfy" / "sd1_tokenizer"
         write_narrow_checkpoint(self.checkpoint)
         self.base = load_base(self.checkpoint, self.tokenizer)
 
-    def train(self, concept: str, reference: str, synonyms: tuple[str, ...]) -> tuple[Any, dict[str, float]]:
-        """The adapter, its layers by kohya's names, and what it cost."""
+    def train(self, concept: str, reference: str, synonyms: tuple[str, ...]) -> tuple[Any, float]:
+        """The adapter, its layers by kohya's names, and the seconds it took."""
         import copy
 
         from unguide_core.formats import load_adapter
@@ -75,24 +78,30 @@ class OutsideTheHost:
                 "tokenizer": self.tokenizer,
                 "out": self.folder,
                 "size": SIZE,
-                "preset": self.preset,
                 "recipe": {"seed": self.seed},
                 "concepts": [{"concept": concept, "reference": reference, "synonyms": synonyms}],
             }
         )
         base = replace(self.base, unet=copy.deepcopy(self.base.unet))
         done = train_concept(config, config.concepts[0], base, quiet=True)
-        return load_adapter(done.path), {"evaluations": done.evaluations, "seconds": done.seconds}
+        return load_adapter(done.path), done.seconds
 
 
 class InTheGraph:
-    """The node's own code on the host's own model."""
+    """The node's own code on the host's own model.
 
-    def __init__(self, seed: int, preset: str):
+    Args:
+        official: by the official loop, else by the defaults.
+    """
+
+    def __init__(self, seed: int, official: bool = False):
         import nodes
+        from demo.erasure import RECIPES
         from demo.text import LAYERS
 
-        self.seed, self.preset = seed, preset
+        self.changes: dict[str, Any] = {"seed": seed}
+        if official:
+            self.changes |= {"preset": "paper", "learning_rate": RECIPES["paper"].rate_up}
         self.model = load_narrow_model()
         loader = nodes.CheckpointLoaderSimple()  # type: ignore[attr-defined]  # ComfyUI's nodes, not ours
         _, self.clip, _ = loader.load_checkpoint(CHECKPOINT)
@@ -101,25 +110,23 @@ class InTheGraph:
         self.node = pack_module("nodes.train").TrainErasureLora
         self.kohya = pack_module("unguide_comfy.training")._kohya_names(self.model.model)
 
-    def train(self, concept: str, reference: str, synonyms: tuple[str, ...]) -> tuple[Any, dict[str, float]]:
+    def train(self, concept: str, reference: str, synonyms: tuple[str, ...]) -> tuple[Any, float]:
         """As `OutsideTheHost.train`."""
-        import time
-
         import torch
 
         inputs = {
             one.id: one.default for one in self.node.define_schema().inputs if getattr(one, "default", None) is not None
         }
         words = {"concept": concept, "reference": reference, "synonyms": ", ".join(synonyms)}
-        own = {**inputs, **words, "preset": self.preset, "seed": self.seed}
         began = time.perf_counter()
         with torch.inference_mode():
             latent = {"samples": torch.zeros(1, 4, SIZE // 8, SIZE // 8)}
-            out = self.node.execute(model=self.model, latent_image=latent, clip=self.clip, **own)
-        ((lora,), losses) = out.args
+            out = self.node.execute(
+                model=self.model, latent_image=latent, clip=self.clip, **{**inputs, **words, **self.changes}
+            )
+        ((lora,), _) = out.args
         layers = {self.kohya[path]: layer for path, layer in lora.adapter.layers.items()}
-        seconds = time.perf_counter() - began
-        return replace(lora.adapter, layers=layers), {"iterations": len(losses["loss"]), "seconds": seconds}
+        return replace(lora.adapter, layers=layers), time.perf_counter() - began
 
 
 def narrow_layers(adapter: Any) -> dict[str, Any]:
@@ -145,22 +152,69 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     return max(found)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The figures of every concept, both ways, and their means, in Markdown."""
-    heads = [f"{way}, {how}" for way in WAYS for how in ("alone", "with its gate")]
-    lines = [f"| concept | {' | '.join(heads)} | difference | seconds, each |", "|---" * (len(heads) + 3) + "|"]
+# ---------------------------------------------------------------- one concept, in a process of its own
+
+
+_ways: dict[str, Any] = {}
+
+
+def start(folder: Path, seed: int) -> None:
+    """Loads, in a process with one core, what `measure` needs."""
+    import torch
+
+    start_host()
+    torch.set_num_threads(1)
+    from demo.narrow import start_worker
+    from demo.seed import SEED_PATH
+
+    own = folder / str(os.getpid())
+    own.mkdir()
+    outside = OutsideTheHost(own, seed)
+    _ways.update(zip(WAYS, (InTheGraph(seed), outside, InTheGraph(seed, official=True)), strict=True))
+    start_worker(outside.tokenizer, SEED_PATH)
+
+
+def measure(concept: str, pictures: int) -> dict[str, Any]:
+    """The figures of a concept's adapters, by way."""
+    from demo.ablation import measured
+    from demo.captions import SYNONYMS
+    from demo.erasure import REFERENCES
+
+    row: dict[str, Any] = {"concept": concept}
+    layers = {}
+    for name, way in _ways.items():
+        adapter, seconds = way.train(concept, REFERENCES[concept], SYNONYMS[concept])
+        layers[name] = narrow_layers(adapter)
+        cost = {"evaluations": adapter.card.settings["evaluations"], "seconds": seconds}
+        row[name] = {**cost, **measured(concept, layers[name], pictures)}
+    row["difference"] = difference(layers["node"], layers["unguide_train"])
+    return row
+
+
+# ---------------------------------------------------------------- tables
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """What the adapters of every concept and way erase and spare, and what they cost, with means, in Markdown."""
+    columns = [(way, how) for way in WAYS for how in ("alone", "gated")]
+    heads = [f"{way}, {'with its gate' if how == 'gated' else how}" for way, how in columns]
+    lines = [_row("concept", *heads, "difference"), "|---" * (len(heads) + 2) + "|"]
     for row in rows:
-        cells = [_cell(row[way][how]) for way in WAYS for how in ("alone", "gated")]
-        seconds = " / ".join(f"{row[way]['seconds']:.0f}" for way in WAYS)
-        lines.append(f"| {row['concept']} | {' | '.join(cells)} | {100 * row['difference']:.1f} % | {seconds} |")
-    means = [
-        _cell({name: fmean(row[way][how][name] for row in rows) for name in COLUMNS})
-        for way in WAYS
-        for how in ("alone", "gated")
-    ]
+        accuracies = [_cell(row[way][how]) for way, how in columns]
+        lines.append(_row(row["concept"], *accuracies, f"{100 * row['difference']:.1f} %"))
+    means = [_cell({name: fmean(row[way][how][name] for row in rows) for name in COLUMNS}) for way, how in columns]
     largest = max(row["difference"] for row in rows)
-    lines.append(f"| **mean** | {' | '.join(means)} | at most {100 * largest:.1f} % | |")
+    lines.append(_row("**mean**", *means, f"at most {100 * largest:.1f} %"))
+    costs = [(way, cost) for cost in ("evaluations", "seconds") for way in WAYS]
+    lines += ["", _row("concept", *(f"{cost}, {way}" for way, cost in costs)), "|---" * (len(costs) + 1) + "|"]
+    for row in rows:
+        lines.append(_row(row["concept"], *(f"{row[way][cost]:.0f}" for way, cost in costs)))
+    lines.append(_row("**mean**", *(f"{fmean(row[way][cost] for row in rows):.0f}" for way, cost in costs)))
     return "\n".join(lines)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _cell(figures: Mapping[str, float]) -> str:
@@ -168,41 +222,27 @@ def _cell(figures: Mapping[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(prog="python3 dev training")
     parser.add_argument("--concept", nargs="+", help="default: all ten")
-    parser.add_argument("--preset", default="selective", choices=("selective", "paper"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=10, help="per prompt (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="every concept's figures; those in the file already are kept")
     options = parser.parse_args()
-    start_host()
-    from demo.ablation import measured
-    from demo.captions import CLASSES, SYNONYMS
-    from demo.erasure import REFERENCES
-    from demo.narrow import start_worker
-    from demo.seed import SEED_PATH
+    from demo.captions import CLASSES
 
     rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
-    done = {row["concept"] for row in rows}
-    with tempfile.TemporaryDirectory() as folder:
-        outside = OutsideTheHost(Path(folder), options.seed, options.preset)
-        ways: tuple[Any, ...] = (InTheGraph(options.seed, options.preset), outside)
-        start_worker(outside.tokenizer, SEED_PATH)
-        for concept in options.concept or CLASSES:
-            if concept in done:
-                continue
-            row: dict[str, Any] = {"concept": concept}
-            layers = []
-            for name, way in zip(WAYS, ways, strict=True):
-                adapter, cost = way.train(concept, REFERENCES[concept], SYNONYMS[concept])
-                layers.append(narrow_layers(adapter))
-                row[name] = {**cost, **measured(concept, layers[-1], options.pictures)}
-            row["difference"] = difference(*layers)
-            rows.append(row)
-            sys.stderr.write(f"{json.dumps(row)}\n")
+    left = [concept for concept in options.concept or CLASSES if concept not in {row["concept"] for row in rows}]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(options.jobs, get_context("spawn"), start, (Path(folder), options.seed)) as pool,
+    ):
+        for task in [pool.submit(measure, concept, options.pictures) for concept in left]:
+            rows.append(task.result())
+            sys.stderr.write(f"{json.dumps(rows[-1])}\n")
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1))
-    print(f"{' / '.join(COLUMNS)}, percent\n\n{table(rows)}")
+    print(f"{' / '.join(COLUMNS)}, percent\n\n{tables(rows)}")
 
 
 if __name__ == "__main__":

@@ -105,13 +105,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained adapter, with its losses by iteration and what it cost."""
+    """A trained adapter, whose card says what it cost, with its losses by iteration and the looks at held-out ones."""
 
     adapter: Adapter
     losses: tuple[float, ...]
     held_out: tuple[float, ...]
-    evaluations: int
-    seconds: float
 
 
 Observer = Callable[[Report], None]
@@ -195,18 +193,16 @@ class TrainingRun(comfy.samplers.Sampler):
             sigmas=levels.cpu(),
         )
         with differentiable(model), _in_training():
-            began = time.perf_counter()
-            self._run(training, predictor, began)
+            self._run(training, predictor)
         self.trained = Trained(
             Adapter(_named(layers), self._card(model, predictor, training)),
             tuple(training.losses),
             tuple(training.held_out),
-            training.sampler.evaluations,
-            time.perf_counter() - began,
         )
         return noise
 
-    def _run(self, training: Training, predictor: HostPredictor, began: float) -> None:
+    def _run(self, training: Training, predictor: HostPredictor) -> None:
+        began = time.perf_counter()
         try:
             for progress in training.run():
                 if self.observer is not None:
@@ -233,7 +229,7 @@ class TrainingRun(comfy.samplers.Sampler):
 
     def _card(self, model: Any, predictor: HostPredictor, training: Training) -> Card:
         recipe, pair = self.job.recipe, self.job.prompts.erased[0]
-        settings = {**recipe.to_settings(), "iterations": training.iteration, "layers": self.job.layers}
+        settings = {**training.settings, "layers": self.job.layers}
         if self.job.pattern:
             settings["pattern"] = self.job.pattern
         card = self.job.card
@@ -246,7 +242,7 @@ class TrainingRun(comfy.samplers.Sampler):
             rank=recipe.rank,
             alpha=recipe.alpha,
             source_format="generic",
-            settings={**settings, "asked_iterations": recipe.iterations},
+            settings=settings,
         )
 
 

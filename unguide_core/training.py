@@ -461,6 +461,12 @@ class Training:
         """How many iterations are done."""
         return self._state.iteration
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the card's `settings` say of it: the recipe, the iterations done of those asked for, evaluations."""
+        done = {"iterations": self.iteration, "asked_iterations": self.recipe.iterations}
+        return {**self.recipe.to_settings(), **done, "evaluations": self.sampler.evaluations}
+
     def run(self) -> Iterator[Progress]:
         """Yield after every iteration; leave the loop to stop.
 

@@ -114,12 +114,7 @@ def train_concept(config: Config, concept: Concept, base: Base | None = None, qu
 def card_of(config: Config, concept: Concept, base: Base, training: Training) -> Card:
     """What is known of the trained adapter."""
     recipe, pair = config.full_recipe, training.prompts.erased[0]
-    settings = {
-        **recipe.to_settings(),
-        "iterations": training.iteration,
-        "asked_iterations": recipe.iterations,
-        "layers": config.layers,
-    }
+    settings = {**training.settings, "layers": config.layers}
     return Card(
         concept=concept.concept,
         synonyms=concept.synonyms,

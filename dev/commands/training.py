@@ -1,4 +1,4 @@
-"""`python3 dev training`: the demo's ten concepts trained in the graph and by unguide_train, and measured."""
+"""`python3 dev training`: ten concepts trained in the graph, by unguide_train, by the official loop; and measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dev import prepare
 from dev.inside import run_inside
 from dev.report import Progress
 
-SUMMARY = "train the demo's ten concepts in the graph and by unguide_train, and measure both"
-EXTRA = "other arguments: --concept NAME ..., --preset paper|selective, --seed N, --pictures N, --json FILE"
+SUMMARY = "train the demo's ten concepts in the graph, by unguide_train and by the official loop, and measure all"
+EXTRA = "other arguments: --concept NAME ..., --seed N, --pictures N, --jobs N, --json FILE"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -52,7 +52,7 @@ def test_both_trainers_give_the_same_adapter_from_the_same_seed(demo, settings, 
     summary = train_concept(config, config.concepts[0], quiet=True)
     here, there = load_adapter(summary.path), in_the_graph(demo.model, demo.encode, config)
     graph = {name: layer for name, layer in there.adapter.layers.items()}
-    assert summary.evaluations == there.evaluations
+    assert summary.evaluations == there.adapter.card.settings["evaluations"]
     assert summary.loss == pytest.approx(there.losses[-1], rel=LIMITS["loss, relative"])
     names = training._kohya_names(demo.model.model)
     assert {names[path] for path in graph} == set(here.layers)
