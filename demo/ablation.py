@@ -60,7 +60,7 @@ def prompts_for(variant: str, concept: str) -> Prompts:
     """Returns what a variant erases and keeps."""
     prompts = prompts_of(concept)
     if variant == "official":
-        return Prompts(prompts.erased[:1])
+        return prompts.looked_at(VARIANTS[variant])
     if variant == "no synonyms":
         others = words_for(concept)[1:]
         prompts = replace(prompts, erased=tuple(pair for pair in prompts.erased if not names(pair, others)))

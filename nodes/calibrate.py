@@ -6,8 +6,9 @@ from typing import Any
 import comfy.sample
 from comfy_api.latest import io
 
-from ..unguide_comfy.calibration import OTHER_PROMPTS, CalibrationSettings, Prompts, calibrated, concept_prompts
+from ..unguide_comfy.calibration import CalibrationSettings, Prompts, calibrated, concept_prompts
 from ..unguide_comfy.erasure import ErasureLora
+from ..unguide_core.prompts import OTHER_PROMPTS, names_a_word
 from .wires import ErasureLoraWire, erasure_lora_input, schema
 
 
@@ -48,7 +49,8 @@ class CalibrateErasureLora(io.ComfyNode):
                     default="\n".join(OTHER_PROMPTS[1:]),
                     multiline=True,
                     tooltip="Prompts without the concept, one per line, the more like your own the better. The empty "
-                    "prompt is always among them. The false alarm rate is measured on these.",
+                    "prompt is always among them; those that name the concept are left out. The false alarm rate is "
+                    "measured on these.",
                 ),
                 io.Int.Input(
                     "repeats", default=4, min=1, max=64, tooltip="Noise seeds for each prompt. More is steadier."
@@ -84,18 +86,27 @@ class CalibrateErasureLora(io.ComfyNode):
         def encode(prompt: str) -> Any:
             return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
-        negative = encode("")
-        others = [negative, *(encode(line) for line in _lines(other_prompts))]
-        prompts = [Prompts([encode(p) for p in _lines(concept_prompts) or _own(lora)], others) for lora in erasure_lora]
+        others = {line: encode(line) for line in ("", *_lines(other_prompts))}
+        prompts = [
+            Prompts(
+                [encode(line) for line in _lines(concept_prompts) or _own(lora)],
+                [encoded for line, encoded in others.items() if not names_a_word(line, _words(lora))],
+            )
+            for lora in erasure_lora
+        ]
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         settings = CalibrationSettings(repeats=repeats, seed=seed)
-        found = calibrated(model, erasure_lora, prompts, negative, cfg, latent, settings)
+        found = calibrated(model, erasure_lora, prompts, others[""], cfg, latent, settings)
         report = {lora.name: dict(lora.adapter.card.calibration) for lora in found}
         return io.NodeOutput(tuple(found), json.dumps(report, indent=1))
 
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _words(lora: ErasureLora) -> list[str]:
+    return [word for word in (lora.adapter.card.concept, *lora.adapter.card.synonyms) if word]
 
 
 def _own(lora: ErasureLora) -> list[str]:

@@ -7,13 +7,20 @@ import comfy.sample
 import torch
 from comfy_api.latest import io
 
-from ..unguide_comfy.announcing import Announcer
+from ..unguide_comfy.announcing import Announcer, say
 from ..unguide_comfy.erasure import encode_prompts
-from ..unguide_comfy.training import DISCARD, ON_CANCEL, Job, calibrated, train_erasure_lora, usable
+from ..unguide_comfy.training import (
+    DISCARD,
+    ON_CANCEL,
+    Job,
+    calibrated,
+    train_erasure_lora,
+    usable,
+)
 from ..unguide_core.adapter import Card
 from ..unguide_core.layers import CUSTOM, LAYERS
-from ..unguide_core.prompts import KEPT, PREFIX, SCENES, lines, listed, prompts_for
-from ..unguide_core.training import PRESETS, Pair, Prompts, Recipe
+from ..unguide_core.prompts import KEPT, PREFIX, SCENES, calibration_prompts, lines, listed, prompts_for
+from ..unguide_core.training import PRESETS, Pair, Prompts
 from .wires import ErasureLoraWire, advanced, schema
 
 LossMap = io.Custom("LOSS_MAP")
@@ -63,8 +70,8 @@ class TrainErasureLora(io.ComfyNode):
                     "preset",
                     options=list(PRESETS)[::-1],
                     default="selective",
-                    tooltip="selective: trains synonyms too, holds other prompts to the base model, about a fifth "
-                    "of the paper's evaluations. paper: the official recipe (arXiv 2508.05755).",
+                    tooltip="selective: trains synonyms too, holds other prompts to the base model, with less than "
+                    "a quarter of the paper's evaluations. paper: the official recipe (arXiv 2508.05755).",
                 ),
                 io.Combo.Input(
                     "layers",
@@ -218,7 +225,7 @@ class TrainErasureLora(io.ComfyNode):
                     default=DISCARD,
                     optional=True,
                     tooltip="When the run is cancelled while this node trains: discard ends the run; keep goes on with "
-                    "the LoRA as it is by then.",
+                    "the LoRA as it is by then, which ComfyUI then remembers: change the seed to train anew.",
                 ),
                 io.Conditioning.Input(
                     "target",
@@ -270,13 +277,10 @@ class TrainErasureLora(io.ComfyNode):
         reference_prompt: Any = None,
         neutral: Any = None,
     ) -> io.NodeOutput:
-        recipe = PRESETS[preset]
-        ratio = recipe.rate_down / recipe.rate_up
+        recipe = PRESETS[preset].with_rates(learning_rate or None, learning_rate_down or None)
         recipe = replace(
             recipe,
             iterations=iterations or recipe.iterations,
-            rate_up=learning_rate or recipe.rate_up,
-            rate_down=learning_rate_down or (learning_rate or recipe.rate_up) * ratio,
             rank=rank,
             alpha=alpha,
             negative_guidance=erasure_strength,
@@ -284,36 +288,31 @@ class TrainErasureLora(io.ComfyNode):
             schedule_steps=sampling_steps or recipe.schedule_steps,
             seed=seed,
         )
-        given = (target, reference_prompt, neutral)
+        synonyms, concept = listed(synonyms), concept.strip()
+        card = Card(concept=concept, synonyms=synonyms, objective=preset)
+        given, words = (target, reference_prompt, neutral), None
         if any(part is not None for part in given):
             prompts, conditionings = given_prompts(*given)
+            named = [f"{prefix} {word}".strip() if word.strip() else "" for word in (concept, reference)]
+            card = replace(card, target=named[0], reference=named[1])
         else:
             words = prompts_for(
-                concept,
-                reference,
-                listed(synonyms),
-                prefix=prefix,
-                scenes=listed(scenes),
-                kept=lines(keep_prompts),
+                concept, reference, synonyms, prefix=prefix, scenes=listed(scenes), kept=lines(keep_prompts)
             )
-            prompts = used_prompts(words, recipe)
+            prompts = words.looked_at(recipe)
             conditionings = encode_prompts(clip, prompts.names)
-        card = Card(concept=concept.strip(), synonyms=listed(synonyms), objective=preset)
-        if TARGET in conditionings:
-            card = replace(card, target=f"{prefix} {concept}".strip() if concept.strip() else "")
+            card = replace(card, target=words.erased[0].target, reference=words.erased[0].reference)
         job = Job(recipe, prompts, conditionings, card, layers, layer_pattern, on_cancel, rows, preview_every)
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        say("Drawing the latents to train at")
         trained = train_erasure_lora(model, job, latent, Announcer(model, recipe.iterations))
-        lora = usable(trained, concept.strip() or "trained here", conditionings, prompts)
-        lora = calibrated(model, lora, conditionings, prompts, latent)
+        lora = usable(trained, concept or "trained here", conditionings, prompts)
+        own, others = calibration_prompts(words, [word for word in (concept, *synonyms) if word])
+        say(f"Trained in {len(trained.losses)} iterations; calibrating the gate")
+        texts = [] if clip is None else [own, others]
+        encoded = [list(encode_prompts(clip, part).values()) for part in texts] or [[], []]
+        lora = calibrated(model, lora, *encoded, latent, on_cancel)
         return io.NodeOutput((lora,), {"loss": list(trained.losses)})
-
-
-def used_prompts(prompts: Prompts, recipe: Recipe) -> Prompts:
-    """Those that the recipe's loop looks at: the official one knows the concept's own prompt alone."""
-    if recipe.loop == "official":
-        return Prompts(prompts.erased[:1], (), prompts.neutral)
-    return prompts
 
 
 def given_prompts(target: Any, reference: Any, neutral: Any) -> tuple[Prompts, dict[str, Any]]:

@@ -17,6 +17,7 @@ import torch
 from ..unguide_core.calibration import Calibration, Level
 from .context import Context, Entry, everywhere
 from .erasure import Conditioning, ErasureLora
+from .identity import is_called
 from .looking import Look, Subject
 from .trajectories import down_to, noise_at, schedule, trajectory
 
@@ -149,7 +150,7 @@ def read_card(context: Context, lora: ErasureLora, statistic: str, look: Look) -
         return CardReading(note="the card's calibration is of another version; calibrate the adapter anew")
     if calibration.adapter != lora.calibration_key:
         return CardReading(note="the card's calibration is for another adapter or strength")
-    if calibration.model != context.model_key:
+    if not is_called(context.guider.model_patcher, calibration.model, context.model_key):
         return CardReading(
             note=f"the card's calibration is for another model (key {calibration.model}) than this one "
             f"(key {context.model_key})"

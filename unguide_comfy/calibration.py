@@ -16,7 +16,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..unguide_core.calibration import Calibration, Level, Spread
+from ..unguide_core.calibration import Calibration, Level
 from .blending import Run, blended_prediction
 from .context import Context, Entry, carrying
 from .erasure import Conditioning, ErasureLora
@@ -26,35 +26,6 @@ from .looking import Look, Wanted
 from .trajectories import noise_at, schedule, trajectory
 
 STATISTICS = ("influence", "patch", "alignment")
-
-# what stands for "any other prompt" where the user names none
-OTHER_PROMPTS = (
-    "",
-    "a photo",
-    "a photo of a person",
-    "a portrait of an old man",
-    "a group of people at a table",
-    "a photo of a dog",
-    "a photo of a bird in a tree",
-    "a horse on a meadow",
-    "a red car on a street",
-    "a city at night",
-    "a house with a garden",
-    "a kitchen with a window",
-    "a bowl of fruit",
-    "a cup of coffee on a desk",
-    "a bouquet of flowers",
-    "a forest in the morning",
-    "mountains and a lake",
-    "a beach with palm trees",
-    "snow on a field",
-    "a ship on the sea",
-    "an airplane in the sky",
-    "an oil painting of a village",
-    "a drawing of a castle",
-    "an abstract pattern",
-)
-
 
 # where a concept is put besides alone, for it shall be found there as well
 IN_SCENES = ("{} in a forest", "{} on a street", "{} on a table")
@@ -269,16 +240,7 @@ class _Scores:
 
     def _level(self, index: int, name: str, place: int) -> Level:
         own, concept, others = (self._values.get((index, g, name, place), []) for g in (OWN, CONCEPT, OTHERS))
-        baseline = 1.0 if name == "alignment" else sum(own) / len(own)
-        if baseline <= 0.0:
-            raise ValueError(
-                f"erasure LoRA {self.loras[index].name!r} has no influence on its own concept, so there is nothing to "
-                "calibrate; use an adapter that was trained for this model"
-            )
-        return Level(
-            round(float(self.sigmas[self.settings.looks[place]]), 5),
-            round(baseline, 6),
-            round(float(torch.tensor(own).std()), 6),
-            Spread.of([value / baseline for value in (*own, *concept)], upper=False),
-            Spread.of([value / baseline for value in others], upper=True),
-        )
+        try:
+            return Level.of(name, float(self.sigmas[self.settings.looks[place]]), own, concept, others)
+        except ValueError as error:
+            raise ValueError(f"erasure LoRA {self.loras[index].name!r}: {error}") from error

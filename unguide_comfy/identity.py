@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from ..unguide_core.layers import weights_hash
 from .weights import numbers, own_weights
 
+DIFFUSION = "diffusion_model."
+_hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 _SAMPLED_WEIGHTS = 16
 _SAMPLED_VALUES = 64
 
@@ -26,7 +30,7 @@ def model_key(model: Any) -> str:
     digest.update(" ".join(base.__name__ for base in type(sampling).__mro__).encode())
     digest.update(f"{float(sampling.sigma_min):.5g} {float(sampling.sigma_max):.5g}".encode())
     digest.update(str(sorted(_forward_patches(model.model_options.get("transformer_options", {})))).encode())
-    weights = own_weights(model, "diffusion_model.")
+    weights = own_weights(model, DIFFUSION)
     names = sorted(weights)
     for name in names:
         digest.update(f"{name}{tuple(weights[name].shape)}".encode())
@@ -38,6 +42,28 @@ def model_key(model: Any) -> str:
             for tensor in _tensors(patch[1]):
                 digest.update(_sample(tensor))
     return digest.hexdigest()[:16]
+
+
+def base_hash(model: Any) -> str:
+    """The name of a `ModelPatcher`'s diffusion weights without patches, whatever program loaded them.
+
+    Every weight is read, once for a loaded model.
+    """
+    if model.model not in _hashes:
+        _hashes[model.model] = weights_hash(numbers(weight) for weight in own_weights(model, DIFFUSION).values())
+    return _hashes[model.model]
+
+
+def is_called(model: Any, key: str, own_key: str) -> bool:
+    """Whether a calibration's key is this model's: `own_key`, or the hash of its weights where nothing patches it.
+
+    The hash is what programs know that have no ComfyUI; it says nothing of patches and other sampling.
+    """
+    if key == own_key:
+        return True
+    forward = any(_forward_patches(model.model_options.get("transformer_options", {})))
+    plain = not (model.patches or model.object_patches or forward)
+    return plain and len(key) == len(hashlib.sha256().hexdigest()) and key == base_hash(model)
 
 
 def _forward_patches(options: dict[str, Any]) -> Iterator[str]:

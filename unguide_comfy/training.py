@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.lora
@@ -21,23 +21,32 @@ import torch
 import torch.utils.checkpoint
 
 from ..unguide_core.adapter import Adapter, Card, LowRank
-from ..unguide_core.layers import chosen_layers, weights_hash
-from ..unguide_core.training import Progress, Prompts, Recipe, Training, fresh_layers, sampled_timesteps
+from ..unguide_core.layers import chosen_layers
+from ..unguide_core.training import (
+    FP16_LOSS_SCALE,
+    Progress,
+    Prompts,
+    Recipe,
+    Training,
+    fresh_layers,
+    is_out_of_memory,
+    sampled_timesteps,
+)
 from . import calibration
 from .erasure import Conditioning, ErasureLora
 from .gating import without_gates
+from .identity import base_hash
 from .injection import adapted_rows
-from .weights import numbers, own_weights
 
 log = logging.getLogger(__name__)
 
 DISCARD, KEEP = "discard", "keep"
 ON_CANCEL = (DISCARD, KEEP)
 PREFIX = "diffusion_model."
-FP16_LOSS_SCALE = 2.0**12
 PREVIEW_STEPS = 10
 PREVIEW_CFG = 4.0
-CALIBRATED_OWN, CALIBRATED_OTHERS = 8, 24
+LEAST_OTHERS = 8
+"""With fewer prompts to compare with, a rate of false alarms means nothing."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class Job:
         recipe: how.
         prompts: what is erased and kept, by name.
         conditionings: of every name in `prompts`.
-        card: what is known of it before; the target, the reference, rank, settings and so on are filled in.
+        card: what is known of it before, rank, settings and so on are filled in; None if the names in `prompts` are
+            the texts themselves, which then are its target and reference.
         layers, pattern: as for `chosen_layers`.
         on_cancel: "discard" ends the run where it is cancelled; "keep" goes on with the adapter trained so far.
         rows: of a forward, at most.
@@ -58,7 +68,7 @@ class Job:
     recipe: Recipe
     prompts: Prompts
     conditionings: Mapping[str, Conditioning]
-    card: Card = field(default_factory=Card)
+    card: Card | None = None
     layers: str = "object"
     pattern: str = ""
     on_cancel: str = DISCARD
@@ -82,14 +92,13 @@ class Report:
 
     Args:
         progress: the loop's own.
-        seconds: since it began; `left`: estimated, to the last iteration.
+        left: seconds to the last iteration, estimated; None at the first.
         preview: a latent of the concept's prompt, x0 [1, C, ...], where one was drawn.
         note: what has to be said besides, such as that memory ran out and what was done about it.
     """
 
     progress: Progress
-    seconds: float
-    left: float
+    left: float | None
     preview: torch.Tensor | None = None
     note: str = ""
 
@@ -99,7 +108,8 @@ class Report:
         at = self.progress
         held = "" if at.held_out is None else f", held out {at.held_out:.2f} of the untrained"
         kept = f" (erased {at.erasure:.4f}, kept {at.preservation:.4f})" if at.preservation else ""
-        line = f"{at.iteration} of {at.iterations}: loss {at.loss:.4f}{kept}{held}; {self.left:.0f} s left"
+        left = "" if self.left is None else f"; {self.left:.0f} s left"
+        line = f"{at.iteration} of {at.iterations}: loss {at.loss:.4f}{kept}{held}{left}"
         return f"{line}\n{self.note}" if self.note else line
 
 
@@ -202,13 +212,15 @@ class TrainingRun(comfy.samplers.Sampler):
         return noise
 
     def _run(self, training: Training, predictor: HostPredictor) -> None:
-        began = time.perf_counter()
+        first: float | None = None  # when the first iteration was done: before it come latents that are drawn once
         try:
             for progress in training.run():
+                now, done = time.perf_counter(), progress.iteration
+                left = None if first is None else (now - first) / (done - 1) * (progress.iterations - done)
+                first = now if first is None else first
                 if self.observer is not None:
-                    seconds = time.perf_counter() - began
-                    left = seconds / progress.iteration * (progress.iterations - progress.iteration)
-                    self.observer(Report(progress, seconds, left, self._preview(training, progress), predictor.note))
+                    note = predictor.note or training.sampler.note
+                    self.observer(Report(progress, left, self._preview(training, progress), note))
         except comfy.model_management.InterruptProcessingException:
             if self.job.on_cancel == DISCARD or training.iteration == 0:
                 raise
@@ -232,13 +244,11 @@ class TrainingRun(comfy.samplers.Sampler):
         settings = {**training.settings, "layers": self.job.layers}
         if self.job.pattern:
             settings["pattern"] = self.job.pattern
-        card = self.job.card
+        card = self.job.card or Card(target=pair.target, reference=pair.reference)
         return replace(
             card,
-            target=card.target or pair.target,
-            reference=card.reference or pair.reference,
             base_model=card.base_model or type(model.model_config).__name__,
-            base_hash=_base_hash(self.patcher),
+            base_hash=base_hash(self.patcher),
             rank=recipe.rank,
             alpha=recipe.alpha,
             source_format="generic",
@@ -434,11 +444,6 @@ def _named(layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
     }
 
 
-def _base_hash(patcher: Any) -> str:
-    """The name of the diffusion weights without patches, whether the host has patched them in place or not."""
-    return weights_hash(numbers(weight) for weight in own_weights(patcher, PREFIX).values())
-
-
 def usable(trained: Trained, name: str, conditionings: Mapping[str, Conditioning], prompts: Prompts) -> ErasureLora:
     """The trained adapter as a wire carries it, with its concept's and the neutral prompt."""
     own = prompts.erased[0].target
@@ -452,30 +457,37 @@ def usable(trained: Trained, name: str, conditionings: Mapping[str, Conditioning
 
 
 def calibrated(
-    model: Any, lora: ErasureLora, conditionings: Mapping[str, Conditioning], prompts: Prompts, latent: torch.Tensor
+    model: Any,
+    lora: ErasureLora,
+    own: Sequence[Conditioning],
+    others: Sequence[Conditioning],
+    latent: torch.Tensor,
+    on_cancel: str = DISCARD,
 ) -> ErasureLora:
-    """The erasure LoRA with its calibration for this model in the card, by prompts that it was trained with.
+    """The erasure LoRA with its calibration for this model in the card.
 
-    Without prompts to keep there is nothing to compare with, and the card stays without: see Calibrate Erasure LoRA.
+    Where there are too few other prompts to compare with, or the calibration fails, it stays without: what was trained
+    is not given up for it, and Calibrate Erasure LoRA can do it later.
+
+    Args:
+        own: prompts with the concept, besides its own.
+        others: prompts without it.
+        on_cancel: as for `Job`.
     """
     assert lora.neutral is not None
-    own = [pair.target for pair in prompts.erased[1:] if pair.target in conditionings]
-    others = [prompt for prompt in prompts.kept if prompt in conditionings]
-    if not others:
-        return lora
-    chosen = calibration.Prompts(
-        [conditionings[prompt] for prompt in _evenly(own, CALIBRATED_OWN)],
-        [conditionings[prompt] for prompt in _evenly(others, CALIBRATED_OTHERS)],
-    )
-    settings = calibration.CalibrationSettings(repeats=2, own_repeats=8)
+    chosen, settings = calibration.Prompts(own, others), calibration.CalibrationSettings(repeats=1, own_repeats=8)
+    reason: object = f"there are {len(others)} prompts without the concept; expected {LEAST_OTHERS}"
     try:
-        (found,) = calibration.calibrated(model, [lora], [chosen], lora.neutral, PREVIEW_CFG, latent, settings)
-    except ValueError as error:  # what was trained is not given up for it
-        log.warning("UnGuide: %s is not calibrated: %s", lora.name, error)
-        return lora
-    return found
-
-
-def _evenly(prompts: Sequence[str], most: int) -> list[str]:
-    """At most so many of the prompts, from all over the list."""
-    return list(prompts[:: max(1, -(-len(prompts) // most))])
+        if len(others) >= LEAST_OTHERS:
+            (lora,) = calibration.calibrated(model, [lora], [chosen], lora.neutral, PREVIEW_CFG, latent, settings)
+            return lora
+    except comfy.model_management.InterruptProcessingException:
+        if on_cancel == DISCARD:
+            raise
+        reason = "it was cancelled"
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        reason = error
+    log.warning("UnGuide: %s is trained, but not calibrated (%s); use Calibrate Erasure LoRA", lora.name, reason)
+    return lora

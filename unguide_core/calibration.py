@@ -100,6 +100,30 @@ class Level:
     concept: Spread
     others: Spread
 
+    @staticmethod
+    def of(
+        statistic: str, sigma: float, own: Sequence[float], concept: Sequence[float], others: Sequence[float]
+    ) -> "Level":
+        """Return what follows from a statistic's values.
+
+        Args:
+            own, concept, others: of the concept's own prompt, of others with it, and of those without.
+        Raises: ValueError if the adapter has no influence on its concept, or for too few values.
+        """
+        baseline = 1.0 if statistic == "alignment" else sum(own) / len(own)
+        if baseline <= 0.0:
+            raise ValueError(
+                "the adapter has no influence on its own concept, so there is nothing to calibrate; use one that was "
+                "trained for this model"
+            )
+        return Level(
+            round(sigma, 5),
+            round(baseline, 6),
+            round(float(torch.tensor(own).std()), 6),
+            Spread.of([value / baseline for value in (*own, *concept)], upper=False),
+            Spread.of([value / baseline for value in others], upper=True),
+        )
+
     def threshold(self, false_alarm_rate: float) -> Threshold:
         """Return where to detect, so that at most a share of the other prompts is taken for the concept.
 

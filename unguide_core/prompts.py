@@ -24,6 +24,37 @@ KEPT = (
 )
 """Prompts to keep where none are given; the empty one counts twice, for it is half of every guided prediction."""
 
+OTHER_PROMPTS = (
+    "",
+    "a photo",
+    "a photo of a person",
+    "a portrait of an old man",
+    "a group of people at a table",
+    "a photo of a dog",
+    "a photo of a bird in a tree",
+    "a horse on a meadow",
+    "a red car on a street",
+    "a city at night",
+    "a house with a garden",
+    "a kitchen with a window",
+    "a bowl of fruit",
+    "a cup of coffee on a desk",
+    "a bouquet of flowers",
+    "a forest in the morning",
+    "mountains and a lake",
+    "a beach with palm trees",
+    "snow on a field",
+    "a ship on the sea",
+    "an airplane in the sky",
+    "an oil painting of a village",
+    "a drawing of a castle",
+    "an abstract pattern",
+)
+"""What stands for "any other prompt" in a calibration where the user names none; training does not see them."""
+
+CALIBRATED_OWN, CALIBRATED_OTHERS = 14, 28
+"""Prompts of the calibration that ends a training, at most; a noise seed each."""
+
 
 def listed(text: str) -> tuple[str, ...]:
     """Return the entries of a text that lists them with commas, without blanks and repetitions."""
@@ -74,6 +105,27 @@ def prompts_for(
     alone = [Pair(photo(word), photo(reference)) for word in words]
     inside = [Pair(f"{_article(word)} {word} in the {scene}", photo(scene)) for word in words for scene in scenes]
     return Prompts((*alone, *inside), tuple(prompt for prompt in kept if not names_a_word(prompt, words)))
+
+
+def calibration_prompts(prompts: Prompts | None, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return texts to calibrate a trained adapter with: with its concept, besides its own prompt, and without.
+
+    Half of those without are what training held to the base model, half are prompts that it never saw.
+
+    Args:
+        prompts: made of the words, with all that can be erased and kept; None where prompts were connected.
+        words: for the concept; without any, no other prompt can be known to be another.
+    """
+    own = [pair.target for pair in prompts.erased[1:]] if prompts else []
+    kept = list(dict.fromkeys(prompts.kept)) if prompts else []
+    unseen = [prompt for prompt in OTHER_PROMPTS if words and not names_a_word(prompt, words) and prompt not in kept]
+    half = CALIBRATED_OTHERS // 2
+    return _evenly(own, CALIBRATED_OWN), [*_evenly(kept, half), *_evenly(unseen, half)]
+
+
+def _evenly(prompts: Sequence[str], most: int) -> list[str]:
+    """At most so many of the prompts, from all over the list."""
+    return list(prompts[:: max(1, -(-len(prompts) // most))])
 
 
 def _article(word: str) -> str:

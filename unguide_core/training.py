@@ -12,10 +12,11 @@ One evaluation is one latent under one prompt, as everywhere in this project.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -39,8 +40,20 @@ OFFICIAL, SELECTIVE = "official", "selective"
 LOOPS = (OFFICIAL, SELECTIVE)
 HELD_OUT = 8
 """Latents that the held-out loss is taken at."""
+LEAST_TO_LEARN = 1e-7
+"""An erasure loss of an untrained adapter: below it, the text encoder does not tell target and reference apart."""
 
-_OutOfMemory: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+FP16_LOSS_SCALE = 2.0**12
+"""For models that compute in half precision: the factor on the loss while gradients are computed, to begin with."""
+
+log = logging.getLogger(__name__)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory ran out; some accelerators have a general error that says so."""
+    known = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+    general = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, known) or (isinstance(error, general) and "out of memory" in str(error).lower())
 
 
 class Predictor(Protocol):
@@ -124,6 +137,12 @@ class Recipe:
         if self.loop == OFFICIAL:
             official_ddim_timesteps(self.schedule_steps)
 
+    def with_rates(self, up: float | None, down: float | None = None) -> "Recipe":
+        """Return the recipe with other learning rates, where given; of `up` alone, in the same ratio as before."""
+        if down is None:
+            down = self.rate_down if up is None else up * self.rate_down / self.rate_up
+        return replace(self, rate_up=self.rate_up if up is None else up, rate_down=down)
+
     def to_settings(self) -> dict[str, Any]:
         """Return what the card's `settings` hold: everything but rank and alpha, which have fields of their own."""
         return {name: value for name, value in asdict(self).items() if name not in ("rank", "alpha")}
@@ -174,7 +193,7 @@ class Prompts:
         if not self.erased:
             raise ValueError("there is no prompt to erase; give the concept's own prompt and a reference")
         for pair in self.erased:
-            if pair.target == pair.reference:
+            if pair.target.casefold().split() == pair.reference.casefold().split():
                 raise ValueError(
                     f"the prompt to erase and its reference are both {pair.target!r}, so there is nothing to learn; "
                     "use as reference what shall be drawn in place of the concept"
@@ -182,6 +201,10 @@ class Prompts:
         both = sorted({pair.target for pair in self.erased} & set(self.kept))
         if both:
             raise ValueError(f"{both[0]!r} shall be erased and kept; remove it from one of the two lists")
+
+    def looked_at(self, recipe: Recipe) -> "Prompts":
+        """Return those that the recipe's loop looks at: the official one knows the concept's own prompt alone."""
+        return self if recipe.loop != OFFICIAL else Prompts(self.erased[:1], (), self.neutral)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -272,7 +295,7 @@ class Sampler:
 
     def __init__(self, predict: Predictor, neutral: str, rows: int = 32, sigmas: Tensor | None = None):
         self.predict, self.neutral, self.rows = predict, neutral, rows
-        self.evaluations = 0
+        self.evaluations, self.note = 0, ""
         self.sigmas = sigma_from_alpha_cumprod(sd_alphas_cumprod()) if sigmas is None else sigmas.double()
 
     def eps(self, z: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -284,13 +307,19 @@ class Sampler:
             parts = [slice(i, i + self.rows) for i in range(0, len(prompts), self.rows)]
             try:
                 predicted = torch.cat([self.predict(z[p], timesteps[p], prompts[p]) for p in parts])
-            except _OutOfMemory:
-                if torch.is_grad_enabled() or self.rows == 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or torch.is_grad_enabled() or self.rows == 1:
                     raise
-                self.rows = max(1, min(self.rows, len(prompts)) // 2)
+                self.halve(len(prompts))
             else:
                 self.evaluations += len(prompts)
                 return predicted
+
+    def halve(self, rows: int) -> None:
+        """Computes half as many rows at once from now on, after so many ran out of memory."""
+        self.rows = max(1, min(self.rows, rows) // 2)
+        self.note = f"Memory ran out: latents are now computed {self.rows} at once, slower."
+        log.warning("UnGuide: %s", self.note)
 
     def trajectory(
         self,
@@ -501,18 +530,30 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` continues from, tensors and plain values; see `resumable`."""
         return {
-            "recipe": asdict(self.recipe),
             "layers": {name: [layer.down.detach(), layer.up.detach()] for name, layer in self.layers.items()},
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "state": asdict(self._state),
+            "task": self._task(),
         }
 
+    def _task(self) -> dict[str, Any]:
+        """What a checkpoint must agree in, as plain values."""
+        pairs = [[pair.target, pair.reference] for pair in self.prompts.erased]
+        prompts = {"erased": pairs, "kept": list(self.prompts.kept), "neutral": self.prompts.neutral}
+        return {"recipe": asdict(self.recipe), "prompts": prompts, "latent": list(self.shape)}
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`. Raises: ValueError if it is of another recipe or other layers."""
-        if saved["recipe"] != asdict(self.recipe) or set(saved["layers"]) != set(self.layers):
+        """Continue from a `state_dict`.
+
+        Raises: ValueError if it is of another recipe, other prompts, layers or latents; the message says of which.
+        """
+        own = self._task() | {"layers": sorted(self.layers)}
+        there = saved["task"] | {"layers": sorted(saved["layers"])}
+        if other := [name for name, value in own.items() if there.get(name) != value]:
             raise ValueError(
-                "the checkpoint is of another recipe or another model's layers; remove it, or train with its settings"
+                f"the checkpoint is of another training: it has other values of {', '.join(other)}; remove it to begin "
+                "anew, or train with its settings"
             )
         with torch.no_grad():
             for name, (down, up) in saved["layers"].items():
@@ -570,7 +611,14 @@ class Training:
             chosen = torch.linspace(0, len(met) - 1, min(HELD_OUT, len(met))).long()
             part = met[chosen]
             batch = self._erased(part.z, part.timesteps, [pairs[i % len(pairs)] for i in chosen.tolist()], part.eps)
-            self._held_out = batch, float(erasure_loss(part.eps, batch.goals))
+            untrained = float(erasure_loss(part.eps, batch.goals))
+            if untrained < LEAST_TO_LEARN:
+                target, reference = pairs[0].target, pairs[0].reference
+                raise TrainingError(
+                    f"the model draws the same for {target!r} and {reference!r} (they differ by {untrained:.2g}), so "
+                    "there is nothing to learn; use another reference"
+                )
+            self._held_out = batch, untrained
         return kept
 
     def _met_by_base(self, prompts: Sequence[str], generator: torch.Generator) -> Latents:
@@ -627,11 +675,13 @@ class Training:
             try:
                 losses = self._gradients(batch)
                 break
-            except _OutOfMemory:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if not (self.relieve and self.relieve()):
                     if self.sampler.rows == 1:
                         raise
-                    self.sampler.rows = max(1, min(self.sampler.rows, len(batch.prompts)) // 2)
+                    self.sampler.halve(len(batch.prompts))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.loss_scale != 1.0:
             for parameter in parameters:
@@ -641,7 +691,7 @@ class Training:
         elif self.loss_scale > 1.0 and all(map(math.isfinite, losses)):
             self.loss_scale /= 2.0  # the gradients overflowed: this step is left out
         else:
-            raise TrainingError(self._diverged("gradients are not finite"))
+            raise TrainingError(self._diverged("gradients are not finite", self.iteration + 1))
         return losses
 
     def _gradients(self, batch: Batch) -> tuple[float, float]:
@@ -676,14 +726,15 @@ class Training:
     def _require_convergence(self) -> None:
         losses = self._state.losses
         if not math.isfinite(losses[-1]):
-            raise TrainingError(self._diverged(f"the loss is {losses[-1]}"))
+            raise TrainingError(self._diverged(f"the loss is {losses[-1]}", self.iteration))
         if losses[-1] > 1e4 * max(losses[0], 1e-6):
-            raise TrainingError(self._diverged(f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}"))
+            rose = f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}"
+            raise TrainingError(self._diverged(rose, self.iteration))
 
-    def _diverged(self, what: str) -> str:
+    def _diverged(self, what: str, iteration: int) -> str:
         rates = f"{self.recipe.rate_down:g} (down) and {self.recipe.rate_up:g} (up)"
         return (
-            f"training diverged at iteration {max(self._state.iteration, 1)}: {what}; the learning rates are {rates}: "
+            f"training diverged at iteration {iteration}: {what}; the learning rates are {rates}: "
             "lower them, tenfold for a start, or check that the model draws sensible pictures"
         )
 

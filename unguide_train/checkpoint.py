@@ -21,7 +21,7 @@ def path_of(result: Path) -> Path:
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes what `Training.state_dict` gave."""
+    """Writes what `Training.state_dict` gave, and under "base" the hash of the base model."""
     tensors: dict[str, Tensor] = {"generator": state["generator"]}
     for name, (down, up) in state["layers"].items():
         tensors[f"layer/{name}/down"], tensors[f"layer/{name}/up"] = down, up
@@ -29,7 +29,8 @@ def save(state: dict[str, Any], path: Path) -> None:
         for name, value in values.items():
             tensors[f"optimizer/{number}/{name}"] = torch.as_tensor(value)
     plain = {
-        "recipe": state["recipe"],
+        "task": state["task"],
+        "base": state["base"],
         "state": state["state"],
         "layers": list(state["layers"]),
         "groups": state["optimizer"]["param_groups"],
@@ -47,7 +48,8 @@ def load(path: Path) -> dict[str, Any]:
             _, number, key = name.split("/")
             optimizer.setdefault(int(number), {})[key] = tensor.clone()
     return {
-        "recipe": plain["recipe"],
+        "task": plain.get("task", {}),
+        "base": plain.get("base", ""),
         "state": plain["state"],
         "layers": {n: [tensors[f"layer/{n}/down"].clone(), tensors[f"layer/{n}/up"].clone()] for n in plain["layers"]},
         "optimizer": {"state": optimizer, "param_groups": plain["groups"]},

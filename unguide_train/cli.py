@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from unguide_core.training import PRESETS
+
 from .config import Concept, Config, ConfigError, from_values, read_yaml
 
 log = logging.getLogger("unguide_train")
@@ -40,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--tokenizer",
         type=Path,
-        help="folder of CLIP's tokenizer; a diffusers folder has its own",
+        help="folder of CLIP's tokenizer (default: that of the ComfyUI that base or program lies in; a diffusers "
+        "folder has its own)",
     )
     made.add_argument("--concept", help="what shall be forgotten, a word or two")
     made.add_argument("--reference", help="what shall be drawn in its place")
@@ -54,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size", type=int, help="of pictures, in pixels (default: 512, SDXL 1024)")
     made.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of the base model (default: fp32)")
     made.add_argument("--rows", type=int, help="latents computed at once, at most (default: 16)")
+    made.add_argument(
+        "--no-calibration", dest="calibrate", action="store_false", default=None, help="leave the card without"
+    )
     made.add_argument("--logs", type=Path, help="folder of TensorBoard logs")
     made.add_argument(
         "--ray", metavar="ADDRESS", help="train concepts on Ray: auto (the cluster that is there), local, or an address"
@@ -65,12 +71,13 @@ def parser() -> argparse.ArgumentParser:
 def config_of(options: argparse.Namespace) -> Config:
     """The configuration of options and file. Raises: ConfigError."""
     values: dict[str, Any] = read_yaml(options.config) if options.config else {}
-    for name in ("base", "tokenizer", "preset", "layers", "pattern", "size", "precision", "rows", "logs"):
+    for name in ("base", "tokenizer", "preset", "layers", "pattern", "size", "precision", "rows", "calibrate", "logs"):
         if getattr(options, name) is not None:
             values[name] = getattr(options, name)
     changes = {_NAMES.get(name, name): getattr(options, name) for name in RECIPE if getattr(options, name) is not None}
     if "rate_up" in changes:
-        changes.setdefault("rate_down", changes["rate_up"] * _ratio(values.get("preset", "selective")))
+        preset = PRESETS.get(values.get("preset", ""), PRESETS["selective"])
+        changes.setdefault("rate_down", preset.with_rates(changes["rate_up"]).rate_down)
     if changes:
         values["recipe"] = {**values.get("recipe", {}), **changes}
     if options.concept or not options.config:
@@ -79,18 +86,13 @@ def config_of(options: argparse.Namespace) -> Config:
         if options.out and not options.config:
             concept["out"] = options.out
         values["concepts"] = [concept]
+    elif options.reference or options.synonym:
+        raise ConfigError("--reference and --synonym are of one concept: give --concept too, or leave them to the file")
     if options.config and options.out:
         values["out"] = options.out
     if "base" not in values:
         raise ConfigError("there is no base model; give --base, or 'base:' in the configuration")
     return from_values(values)
-
-
-def _ratio(preset: str) -> float:
-    from unguide_core.training import PRESETS
-
-    recipe = PRESETS.get(preset, PRESETS["selective"])
-    return recipe.rate_down / recipe.rate_up
 
 
 def results(config: Config, options: argparse.Namespace) -> Iterator[tuple[Concept, Any]]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from unguide_core.layers import CUSTOM, LAYERS
 from unguide_core.prompts import KEPT, PREFIX, SCENES, prompts_for
-from unguide_core.training import OFFICIAL, PRESETS, Prompts, Recipe
+from unguide_core.training import PRESETS, Prompts, Recipe
+
+# absolute: a worker on Ray runs in a folder of its own
+AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
+_RECIPE = TypeAdapter(Recipe)
 
 
 class ConfigError(ValueError):
@@ -28,26 +32,28 @@ class Concept(_Strict):
     concept: str
     reference: str
     synonyms: tuple[str, ...] = ()
-    out: Path | None = None
+    out: AbsolutePath | None = None
 
 
 class Config(_Strict):
     """A training of one or many concepts.
 
     base: a checkpoint file (.safetensors) or a folder that diffusers saved.
-    tokenizer: folder of the CLIP tokenizer (vocab.json, merges.txt), for checkpoint files; a diffusers folder has one.
+    tokenizer: folder of the CLIP tokenizer (vocab.json, merges.txt), for checkpoint files; None: that of the ComfyUI
+        that the file or this program lies in. A diffusers folder has its own.
     out: folder of the results where a concept names no file of its own: <out>/<concept>.safetensors.
     size: of the pictures whose latents are trained at, in pixels; None: 512 for SD 1.x, 1024 for SDXL.
     precision: that the base computes in; the adapter is float32 always.
     rows: latents computed at once, at most.
     recipe: changes of the preset's values, by the names of `unguide_core.training.Recipe`.
+    calibrate: measure the adapter at the end, for the gate's threshold; some 1,300 evaluations.
     logs: folder for TensorBoard; None logs nothing.
     """
 
-    base: Path
+    base: AbsolutePath
     concepts: tuple[Concept, ...] = Field(min_length=1)
-    tokenizer: Path | None = None
-    out: Path = Path()
+    tokenizer: AbsolutePath | None = None
+    out: AbsolutePath = Field(default_factory=Path.cwd)
     preset: Literal["selective", "paper"] = "selective"
     layers: str = "object"
     pattern: str = ""
@@ -58,7 +64,8 @@ class Config(_Strict):
     scenes: tuple[str, ...] = SCENES
     kept: tuple[str, ...] = KEPT
     recipe: dict[str, Any] = {}
-    logs: Path | None = None
+    calibrate: bool = True
+    logs: AbsolutePath | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -80,15 +87,18 @@ class Config(_Strict):
     @property
     def full_recipe(self) -> Recipe:
         """The preset with the changes. Raises: ValueError for an unknown name or a value that means nothing."""
-        try:
-            return replace(PRESETS[self.preset], **self.recipe)
-        except TypeError as error:
+        unknown = sorted(set(self.recipe) - set(Recipe.__dataclass_fields__))
+        if unknown:
             known = ", ".join(Recipe.__dataclass_fields__)
-            raise ValueError(f"recipe: {error}; the names are {known}") from error
+            raise ValueError(f"recipe: there is no {unknown[0]!r}; the names are {known}")
+        try:
+            return _RECIPE.validate_python(asdict(PRESETS[self.preset]) | self.recipe)
+        except ValidationError as error:
+            raise ValueError(f"recipe: {_said(error)}") from error
 
-    def prompts_of(self, concept: Concept) -> Prompts:
-        """What is erased and kept for a concept; the official loop looks at the concept's own prompt alone."""
-        prompts = prompts_for(
+    def words_of(self, concept: Concept) -> Prompts:
+        """What can be erased and kept for a concept."""
+        return prompts_for(
             concept.concept,
             concept.reference,
             concept.synonyms,
@@ -96,9 +106,10 @@ class Config(_Strict):
             scenes=self.scenes,
             kept=self.kept,
         )
-        if self.full_recipe.loop == OFFICIAL:
-            return Prompts(prompts.erased[:1], (), prompts.neutral)
-        return prompts
+
+    def prompts_of(self, concept: Concept) -> Prompts:
+        """Those of them that the recipe's loop looks at."""
+        return self.words_of(concept).looked_at(self.full_recipe)
 
     def path_of(self, concept: Concept) -> Path:
         """Where a concept's adapter is written."""
@@ -110,8 +121,11 @@ def from_values(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        said = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors()]
-        raise ConfigError("; ".join(said)) from error
+        raise ConfigError(_said(error)) from error
+
+
+def _said(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors())
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -122,8 +136,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the configuration {str(path)!r} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"the configuration {str(path)!r} holds no settings; expected 'base:', 'concepts:', ...")
-    for name in ("base", "tokenizer", "out", "logs"):
-        if isinstance(values.get(name), str):
-            values[name] = path.parent / values[name]
+    concepts = values.get("concepts")
+    for own in (values, *(concepts if isinstance(concepts, list) else ())):
+        for name in ("base", "tokenizer", "out", "logs"):
+            if isinstance(own, dict) and isinstance(own.get(name), str):
+                own[name] = path.parent / own[name]
+    if values.get("recipe") is None:
+        values["recipe"] = {}
     values.setdefault("out", path.parent)
     return values

@@ -6,6 +6,7 @@ Checkpoint files are read without any download: the UNet's shape is read off its
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +28,8 @@ from unguide_core.training import Recipe, fresh_layers
 
 from . import text
 from .text import Encoded, ModelError, TextEncoders, first_line
+
+log = logging.getLogger("unguide_train")
 
 NAME = "erasure"
 KOHYA = "lora_unet_"
@@ -118,10 +121,11 @@ def _from_file(path: Path, tokenizer: Path | None) -> Base:
         )
     if marks := [name for name in _OTHER_SAMPLING if name in weights]:
         raise ModelError(_predicting(path, f"something else (it holds {marks[0]!r})"))
+    tokenizer = tokenizer or _tokenizer_around(path)
     if tokenizer is None:
         raise ModelError(
-            "a checkpoint file has no tokenizer: give the folder of CLIP's with --tokenizer, such as ComfyUI's "
-            "comfy/sd1_tokenizer"
+            "a checkpoint file has no tokenizer, and neither it nor this program lies in a ComfyUI, which has one: "
+            "give the folder of CLIP's with --tokenizer, such as ComfyUI's comfy/sd1_tokenizer"
         )
     texts = text.from_weights(weights, tokenizer, path.name)
     own = {name.removeprefix(_UNET): w for name, w in weights.items() if name.startswith(_UNET)}
@@ -135,6 +139,12 @@ def _from_file(path: Path, tokenizer: Path | None) -> Base:
             "folder that diffusers saved of it, which says its shape"
         ) from error
     return Base(unet, texts, path.stem, weights_hash(own.values()))
+
+
+def _tokenizer_around(path: Path) -> Path | None:
+    """The tokenizer of the ComfyUI that a checkpoint, or else this program, lies in."""
+    above = [*path.absolute().parents, *path.resolve().parents, *Path(__file__).absolute().parents]
+    return next((folder for parent in above if (folder := parent / "comfy" / "sd1_tokenizer").is_dir()), None)
 
 
 def _predicting(path: Path, what: str) -> str:
@@ -319,6 +329,7 @@ class DiffusersPredictor:
         self.unet.enable_gradient_checkpointing()
         self.unet.train()  # diffusers checkpoints while training only; the UNet has no dropout
         torch.cuda.empty_cache()
+        log.warning("Memory ran out: the network's blocks are now computed twice (gradient checkpointing), slower.")
         return True
 
     def _enable(self, enabled: bool) -> None:

@@ -23,6 +23,7 @@ from unguide_core.training import (
     Training,
     TrainingError,
     fresh_layers,
+    is_out_of_memory,
     sampled_timesteps,
 )
 from unguide_core.trajectory import official_run
@@ -215,10 +216,47 @@ def test_a_resumed_training_ends_with_the_same_bits(recipe, at):
     assert resumed.losses == whole.losses
 
 
-def test_a_checkpoint_of_another_recipe_is_refused():
+def test_a_checkpoint_of_another_training_is_refused_and_the_message_says_what_differs():
     saved = training(SMALL).state_dict()
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(ValueError, match="other values of recipe;"):
         training(replace(SMALL, seed=5)).load_state_dict(saved)
+    other = replace(PROMPTS, erased=(replace(PROMPTS.erased[0], reference="elsewhere"), *PROMPTS.erased[1:]))
+    with pytest.raises(ValueError, match="other values of prompts;"):
+        training(SMALL, other).load_state_dict(saved)
+    layers = fresh_layers({"to_v": FEATURES["to_v"]}, SMALL)
+    with pytest.raises(ValueError, match="other values of latent, layers;"):
+        Training(Toy(layers), layers, PROMPTS, SMALL, (4, 2, 2)).load_state_dict(saved)
+
+
+def test_rates_keep_their_ratio_unless_both_are_given():
+    assert (SMALL.with_rates(None).rate_up, SMALL.with_rates(None).rate_down) == (SMALL.rate_up, SMALL.rate_down)
+    doubled = SMALL.with_rates(2 * SMALL.rate_up)
+    assert (doubled.rate_up, doubled.rate_down) == pytest.approx((2 * SMALL.rate_up, 2 * SMALL.rate_down))
+    assert SMALL.with_rates(1e-3, 1e-2) == replace(SMALL, rate_up=1e-3, rate_down=1e-2)
+    assert SMALL.with_rates(None, 1e-2) == replace(SMALL, rate_down=1e-2)
+
+
+@pytest.mark.parametrize("reference", ["cat", "Cat", " cat  "])
+def test_a_reference_that_differs_in_case_and_blanks_alone_is_the_same_prompt(reference):
+    with pytest.raises(ValueError, match="nothing to learn"):
+        Prompts((Pair("cat", reference),))
+
+
+def test_a_model_that_does_not_tell_target_and_reference_apart_has_nothing_to_learn():
+    class Deaf(Toy):
+        def __call__(self, z: Tensor, timesteps: Tensor, prompts: list[str]) -> Tensor:
+            return super().__call__(z, timesteps, [""] * len(prompts))
+
+    layers = fresh_layers(FEATURES, SMALL)
+    with pytest.raises(TrainingError, match=r"draws the same for .* nothing to learn"):
+        list(Training(Deaf(layers), layers, PROMPTS, replace(SMALL, check=5), SHAPE).run())
+
+
+def test_an_accelerators_general_error_counts_as_out_of_memory_where_it_says_so():
+    assert is_out_of_memory(torch.OutOfMemoryError("no room"))
+    assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access"))
+    assert not is_out_of_memory(RuntimeError("out of memory"))
 
 
 def test_in_the_middle_of_a_pool_a_checkpoint_is_not_resumable():

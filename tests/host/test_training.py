@@ -349,6 +349,66 @@ def test_the_node_trains_on_connected_prompts_without_a_clip(demo, latent):
     (lora,), _ = out.args
     assert lora.name == "trained here"
     assert lora.concept is not None
+    card = lora.adapter.card
+    assert (card.target, card.reference, lora.concept_prompt) == ("", "", "")
+    assert card.calibration == {}
+
+
+@pytest.mark.parametrize("changes", [{"preset": "paper", "sampling_steps": 10}, {"target": TARGET}])
+def test_with_a_clip_every_training_ends_with_a_calibration_by_prompts_that_it_never_saw(demo, latent, changes):
+    connected = {"target": TARGET, "reference_prompt": REFERENCE, "neutral": EMPTY} if "target" in changes else {}
+    given = {name: demo.encode(prompt) for name, prompt in connected.items()}
+    out = node.execute(
+        demo.model, {"samples": latent}, **{**WORDS, **WIDGETS, **FEW, **changes, **given}, clip=demo.clip
+    )
+    (lora,), _ = out.args
+    level = lora.adapter.card.calibration["levels"]["influence"][0]
+    assert level["others"]["count"] >= 12
+    assert level["baseline"] > 0
+    assert (lora.concept_prompt, lora.adapter.card.reference) == (TARGET, REFERENCE)
+
+
+def test_prompts_to_calibrate_with_are_half_kept_and_half_unseen_and_name_no_concept():
+    prompts = pack_module("unguide_core.prompts")
+    words = prompts.prompts_for("dog", "forest", ("puppy",))
+    own, others = prompts.calibration_prompts(words, ("dog", "puppy"))
+    assert 8 <= len(own) <= 14
+    assert len(set(others)) == len(others) >= 24
+    assert len(set(others) & set(words.kept)) >= 12
+    assert len(set(others) - set(words.kept)) >= 10
+    assert not any(prompts.names_a_word(prompt, ("dog", "puppy")) for prompt in others)
+    assert prompts.calibration_prompts(None, ()) == ([], [])
+
+
+def failing(error: Exception) -> Any:
+    def calibrated(*args: Any) -> Any:
+        raise error
+
+    return calibrated
+
+
+def test_what_was_trained_is_not_lost_with_its_calibration(demo, latent, monkeypatch, caplog):
+    inputs = {**WORDS, **WIDGETS, **FEW, "clip": demo.clip}
+    interrupt = comfy.model_management.InterruptProcessingException()
+    with monkeypatch.context() as broken:
+        broken.setattr(training.calibration, "calibrated", failing(torch.OutOfMemoryError("no room")))
+        (lora,), _ = node.execute(demo.model, {"samples": latent}, **inputs).args
+        assert lora.adapter.card.calibration == {}
+        assert "is trained, but not calibrated (no room); use Calibrate Erasure LoRA" in caplog.text
+        broken.setattr(training.calibration, "calibrated", failing(interrupt))
+        (lora,), _ = node.execute(demo.model, {"samples": latent}, **inputs, on_cancel="keep").args
+        assert lora.adapter.card.calibration == {}
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            node.execute(demo.model, {"samples": latent}, **inputs)
+
+
+def test_reports_say_what_is_left_from_the_second_iteration_on(demo, job, latent):
+    reports: list[Any] = []
+    training.train_erasure_lora(demo.model, job, latent, reports.append)
+    assert "left" not in reports[0].text
+    assert reports[1].left > 0
+    assert reports[1].text.endswith("s left")
+    assert reports[-1].left == 0
 
 
 @pytest.mark.parametrize(

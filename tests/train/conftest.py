@@ -12,7 +12,7 @@ import torch
 
 from dev.host import Host
 from tests.conftest import pack_module
-from tests.host.conftest import CHECKPOINT, Demo, demo, inference_mode  # noqa: F401  (fixtures)
+from tests.host.conftest import CHECKPOINT, Demo, demo, demo_lora, inference_mode  # noqa: F401  (fixtures)
 from unguide_train.config import Config, from_values
 
 QUICK = {
@@ -63,6 +63,7 @@ def settings(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> dict[str, Any
         "tokenizer": tokenizer,
         "out": tmp_path,
         "size": 64,
+        "calibrate": False,
         "recipe": dict(QUICK),
         "kept": ["", "a photo of the dog"],
         "concepts": [{"concept": "cat", "reference": "forest", "synonyms": ["kitty"]}],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from tests.conftest import ROOT
 from tests.train.conftest import QUICK
 from unguide_core.formats import load_adapter
+from unguide_core.training import TrainingError
 from unguide_train import checkpoint as checkpoints
 from unguide_train import job
 from unguide_train.cli import main
@@ -32,7 +35,7 @@ FULL = 10_000
 def arguments(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> list[str]:
     words = ["--concept", "cat", "--reference", "forest", "--preset", "paper", "--iterations", "2"]
     files = ["--base", str(checkpoint), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "cat.safetensors")]
-    return [*words, *files, "--size", "64", "--schedule-steps", "10"]
+    return [*words, *files, "--size", "64", "--schedule-steps", "10", "--no-calibration"]
 
 
 def test_the_documented_command_writes_the_file_with_its_card(arguments: list[str], tmp_path: Path) -> None:
@@ -63,35 +66,28 @@ def test_the_documented_command_writes_the_file_with_its_card(arguments: list[st
 def test_a_yaml_file_trains_many_concepts_into_one_table(settings: dict[str, Any], tmp_path: Path, capsys) -> None:
     settings["concepts"] = [
         {"concept": "cat", "reference": "forest"},
-        {"concept": "dog", "reference": "field", "out": str(tmp_path / "other.safetensors")},
+        {"concept": "dog", "reference": "field", "out": "other.safetensors"},
     ]
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     (tmp_path / "many.yaml").write_text(
-        yaml.safe_dump({**plain, "preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10}}),
+        yaml.safe_dump(
+            {**plain, "preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10, "rate_up": "3e-4"}}
+        ),
         encoding="utf-8",
     )
     assert main(["--config", str(tmp_path / "many.yaml")]) == 0
     table = capsys.readouterr().out
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| cat", "| dog"]
     assert load_adapter(tmp_path / "cat.safetensors").card.concept == "cat"
-    assert load_adapter(tmp_path / "other.safetensors").card.concept == "dog"
+    card = load_adapter(tmp_path / "other.safetensors").card  # relative to the file, not to where it was run
+    assert (card.concept, card.settings["rate_up"]) == ("dog", 3e-4)
 
 
 def test_a_training_that_was_cut_off_goes_on_and_ends_with_the_same_bits(settings, tmp_path, monkeypatch) -> None:
     whole = from_values({**settings, "out": tmp_path / "whole"})
     expected = job.train_concept(whole, whole.concepts[0], quiet=True)
-    config, save, seen = from_values(settings), checkpoints.save, []
-
-    def saved_and_cut_off(state: dict[str, Any], path: Path) -> None:
-        save(state, path)
-        seen.append(state["state"]["iteration"])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as cut:
-        cut.setattr(checkpoints, "save", saved_and_cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            job.train_concept(config, config.concepts[0], quiet=True)
-    assert seen == [QUICK["refresh"]]
+    config = from_values(settings)
+    cut_off(config, monkeypatch)
     assert not (tmp_path / "cat.safetensors").exists()
     resumed = job.train_concept(config, config.concepts[0], quiet=True)
     assert resumed.resumed_at == QUICK["refresh"]
@@ -102,7 +98,8 @@ def test_a_training_that_was_cut_off_goes_on_and_ends_with_the_same_bits(setting
 
 def test_a_checkpoint_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     state = {
-        "recipe": {"seed": 1},
+        "task": {"recipe": {"seed": 1}},
+        "base": "abc",
         "layers": {"a.b": [torch.randn(1, 3), torch.randn(2, 1)]},
         "optimizer": {
             "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(1, 3)}},
@@ -113,11 +110,62 @@ def test_a_checkpoint_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None
     }
     checkpoints.save(state, tmp_path / "x.safetensors")
     again = checkpoints.load(tmp_path / "x.safetensors")
-    assert again["recipe"] == state["recipe"]
+    assert (again["task"], again["base"]) == (state["task"], state["base"])
     assert again["state"] == state["state"]
     assert torch.equal(again["generator"], state["generator"])
     assert all(torch.equal(a, b) for a, b in zip(again["layers"]["a.b"], state["layers"]["a.b"], strict=True))
     assert torch.equal(again["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
+
+
+def cut_off(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains until the first checkpoint is written, and stops there."""
+    save = checkpoints.save
+
+    def saved_and_cut_off(state: dict[str, Any], path: Path) -> None:
+        save(state, path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as cut:
+        cut.setattr(checkpoints, "save", saved_and_cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            job.train_concept(config, config.concepts[0], quiet=True)
+
+
+def test_a_checkpoint_of_another_training_is_refused_by_its_path(settings, tmp_path, monkeypatch) -> None:
+    config = from_values(settings)
+    cut_off(config, monkeypatch)
+    (unfinished,) = tmp_path.glob(".*.safetensors")
+    other = from_values({**settings, "concepts": [{"concept": "cat", "reference": "sea"}]})
+    with pytest.raises(ValueError, match=f"{re.escape(str(unfinished))}.*other values of prompts; remove it"):
+        job.train_concept(other, other.concepts[0], quiet=True)
+    base = load_base(config.base, config.tokenizer)
+    with pytest.raises(ValueError, match=f"{re.escape(str(unfinished))}.*another base model"):
+        job.train_concept(config, config.concepts[0], replace(base, hash="another"), quiet=True)
+    assert unfinished.exists()
+
+
+def test_a_training_that_diverges_takes_its_checkpoint_along(settings, tmp_path, monkeypatch) -> None:
+    config = from_values(settings)
+    cut_off(config, monkeypatch)
+    (unfinished,) = tmp_path.glob(".*.safetensors")
+    state = checkpoints.load(unfinished)
+    state["layers"] = {name: [down * math.nan, up] for name, (down, up) in state["layers"].items()}
+    checkpoints.save(state, unfinished)
+    with pytest.raises(TrainingError, match="diverged"):
+        job.train_concept(config, config.concepts[0], quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_at_a_checkpoint_is_said_and_training_goes_on(settings, tmp_path, monkeypatch, caplog) -> None:
+    config = from_values(settings)
+
+    def full(state: dict[str, Any], path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save", full)
+    assert job.train_concept(config, config.concepts[0], quiet=True).iterations == QUICK["iterations"]
+    assert "No space left on device" in caplog.text
+    assert load_adapter(tmp_path / "cat.safetensors").card.concept == "cat"
 
 
 def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing_half_written(arguments: list[str], tmp_path: Path) -> None:
@@ -175,6 +223,8 @@ def test_a_diffusers_folder_is_the_same_base_as_its_checkpoint_file(checkpoint, 
         ({"base": Path("nowhere.safetensors")}, "does not exist"),
         ({"recipe": {"speed": 3}}, "speed.*the names are loop, iterations"),
         ({"recipe": {"rate_up": -1.0}}, "rate_up is -1.0"),
+        ({"recipe": {"rate_up": "fast"}}, "recipe: rate_up: Input should be a valid number"),
+        ({"recipe": {"iterations": 10.5}}, "recipe: iterations: Input should be a valid integer"),
         ({"layers": "faces"}, "expected one of object"),
         ({"size": 100}, "size"),
         ({"colour": "red"}, "colour"),
@@ -185,6 +235,12 @@ def test_a_diffusers_folder_is_the_same_base_as_its_checkpoint_file(checkpoint, 
 def test_a_wrong_setting_is_named(settings: dict[str, Any], changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         from_values({**settings, **changes})
+
+
+def test_a_reference_without_its_concept_beside_a_file_is_refused(tmp_path: Path, capsys) -> None:
+    (tmp_path / "many.yaml").write_text("recipe:\nconcepts: []\n", encoding="utf-8")
+    assert main(["--config", str(tmp_path / "many.yaml"), "--reference", "sea", "--iterations", "3"]) == 2
+    assert "give --concept too" in capsys.readouterr().err
 
 
 def test_wrong_settings_are_one_line_on_the_command_line(arguments: list[str], capsys) -> None:
@@ -218,6 +274,18 @@ def test_a_file_that_is_no_base_model_is_refused_by_name(name, tensors, words, t
         save_file(tensors, path)
     with pytest.raises(ModelError, match=words):
         load_base(path, tokenizer)
+
+
+def test_the_tokenizer_is_that_of_the_comfyui_that_the_checkpoint_lies_in(checkpoint, tokenizer, tmp_path) -> None:
+    inside = tmp_path / "ComfyUI" / "models" / "checkpoints" / "model.safetensors"
+    inside.parent.mkdir(parents=True)
+    inside.symlink_to(checkpoint.resolve())
+    (tmp_path / "ComfyUI" / "comfy").mkdir()
+    (tmp_path / "ComfyUI" / "comfy" / "sd1_tokenizer").symlink_to(tokenizer)
+    found, given = load_base(inside), load_base(checkpoint, tokenizer)
+    prompts = ["a photo of the cat", ""]
+    for prompt, encoded in found.encode(prompts).items():
+        assert torch.equal(encoded.states, given.encode(prompts)[prompt].states)
 
 
 def test_a_checkpoint_file_without_a_tokenizer_is_refused_with_the_remedy(checkpoint: Path) -> None:

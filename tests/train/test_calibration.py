@@ -1,0 +1,93 @@
+"""A calibration made outside of ComfyUI: the same figures as the host's, and the host's gate goes by it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nodes as host
+from demo.captions import words_for
+from demo.erasure import LORAS, path_of
+from tests.conftest import pack_module
+from tests.host.conftest import Demo
+from unguide_core.calibration import Calibration
+from unguide_core.formats import load_adapter
+from unguide_train.calibration import LOOKS, calibrate
+from unguide_train.config import from_values
+from unguide_train.job import train_concept
+from unguide_train.model import DiffusersPredictor, apply_adapter, load_base
+
+gating, deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
+SHAPE = (4, 8, 8)
+TARGET = "a photo of the cat"
+OTHERS = ["", *(f"a photo of the {word}" for word in ("dog", "bird", "ship", "truck", "forest", "sea", "deer"))]
+
+
+def decided(demo: Demo, lora: Any, prompt: str) -> Any:
+    """What the host's gate decides with its defaults."""
+    reports: list[Any] = []
+    with torch.inference_mode():
+        gate = gating.Gate(gating.PROBE, deciding.ProbeSettings())
+        model = gating.guided(demo.model, (lora,), gate, observer=reports.append)
+        latent = {"samples": torch.zeros(1, *SHAPE)}
+        host.common_ksampler(model, 3, 4, 4.0, "euler", "normal", demo.encode(prompt), demo.encode(""), latent)
+    return reports[0].outcomes[0].decision
+
+
+@pytest.fixture(scope="module")
+def found(checkpoint, tokenizer) -> Calibration:
+    """Of the shipped cat."""
+    adapter = load_adapter(path_of(LORAS, "selective", "cat"))
+    with torch.inference_mode(False):
+        base = load_base(checkpoint, tokenizer)
+        apply_adapter(base.unet, adapter)
+        own = [f"a photo of the {word}" for word in words_for("cat")[1:]]
+        predict = DiffusersPredictor(base.unet, base.encode([TARGET, *own, *OTHERS]))
+        return calibrate(predict, adapter, base.hash, (TARGET, own, OTHERS, ""), SHAPE)
+
+
+def test_its_figures_are_those_that_the_host_measured(found: Calibration) -> None:
+    shipped = Calibration.from_card(load_adapter(path_of(LORAS, "selective", "cat")).card.calibration)
+    assert shipped is not None
+    assert (found.adapter, found.latent, found.cfg) == (shipped.adapter, shipped.latent, shipped.cfg)
+    for name in ("influence", "patch"):
+        assert len(found.levels[name]) == len(LOOKS)
+        for sigma in (9.0, 7.0):
+            here, there = found.at(name, sigma), shipped.at(name, sigma)
+            assert here is not None
+            assert there is not None
+            assert here.baseline == pytest.approx(there.baseline, rel=0.15)
+            assert here.others.mean < 0.3
+            assert here.concept.mean > 0.8
+    aligned = found.levels["alignment"][1]
+    assert aligned.baseline == 1.0
+    assert aligned.concept.mean > 2 * aligned.others.mean
+
+
+def test_the_hosts_gate_goes_by_it_where_nothing_patches_the_model(found: Calibration, demo, demo_lora) -> None:
+    card = replace(demo_lora.adapter.card, calibration=found.to_card())
+    lora = replace(demo_lora, adapter=replace(demo_lora.adapter, card=card), concept=None)
+    detected = {}
+    for prompt in (TARGET, "a photo of the dog"):
+        decision = decided(demo, lora, prompt)
+        assert decision.statistic == "influence"
+        detected[prompt] = decision.detected
+    assert list(detected.values()) == [True, False]
+    identity, patched = pack_module("unguide_comfy.identity"), demo.model.clone()
+    assert identity.is_called(demo.model, found.model, "")
+    patched.add_object_patch("model_sampling", patched.get_model_object("model_sampling"))
+    assert not identity.is_called(patched, found.model, "")
+
+
+def test_a_trained_adapters_card_is_calibrated(settings, tmp_path: Path) -> None:
+    quick = {"calibrate": True, "kept": [""], "recipe": {**settings["recipe"], "iterations": 2}}
+    config = from_values({**settings, **quick})
+    card = load_adapter(train_concept(config, config.concepts[0], quiet=True).path).card
+    calibration = Calibration.from_card(card.calibration)
+    assert calibration is not None
+    assert calibration.model == card.base_hash
+    assert calibration.levels["influence"][0].others.count >= 12
