@@ -47,7 +47,7 @@ def preservation_loss(eps_adapted: Tensor, eps_base: Tensor, weight: float) -> T
     Args:
         eps_adapted: the adapted model's prediction for a prompt to keep, [B, C, ...].
         eps_base: the frozen base model's, at the same latent, same shape.
-        weight: of this term beside `erasure_loss`; the selective recipe uses 3.
+        weight: of this term beside `erasure_loss`; the selective recipe uses 10.
     Returns: a scalar that carries gradients.
     Raises: ValueError if the shapes differ.
     """
