@@ -237,6 +237,15 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], changes: dict[str, A
         from_values({**settings, **changes})
 
 
+def test_paths_are_absolute_for_a_worker_on_ray_runs_in_a_folder_of_its_own(settings, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.safetensors").touch()
+    concept = {"concept": "cat", "reference": "sea", "out": "here.safetensors"}
+    config = from_values({**settings, "base": "base.safetensors", "out": "there", "concepts": [concept]})
+    assert (config.base, config.out) == (tmp_path / "base.safetensors", tmp_path / "there")
+    assert config.path_of(config.concepts[0]) == tmp_path / "here.safetensors"
+
+
 def test_a_reference_without_its_concept_beside_a_file_is_refused(tmp_path: Path, capsys) -> None:
     (tmp_path / "many.yaml").write_text("recipe:\nconcepts: []\n", encoding="utf-8")
     assert main(["--config", str(tmp_path / "many.yaml"), "--reference", "sea", "--iterations", "3"]) == 2
