@@ -83,6 +83,7 @@ RECIPES: dict[str, Recipe] = {
         schedule_steps=20,
         batch=8,
         preserved=16,
+        trajectories=8,
         refresh=20,
         kept_trajectories=160,
         check=0,

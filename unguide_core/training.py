@@ -112,8 +112,8 @@ class Recipe:
     batch: int = 4
     preserved: int = 8
     preservation_weight: float = 10.0
-    trajectories: int = 8
-    refresh: int = 50
+    trajectories: int = 12
+    refresh: int = 34
     kept_trajectories: int = 24
     check: int = 20
     patience: int = 3
