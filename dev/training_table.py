@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -158,7 +158,7 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 _ways: dict[str, Any] = {}
 
 
-def start(folder: Path, seed: int) -> None:
+def start(folder: Path, seed: int, asked: Sequence[str]) -> None:
     """Loads, in a process with one core, what `measure` needs."""
     import torch
 
@@ -169,9 +169,9 @@ def start(folder: Path, seed: int) -> None:
 
     own = folder / str(os.getpid())
     own.mkdir()
-    outside = OutsideTheHost(own, seed)
-    _ways.update(zip(WAYS, (InTheGraph(seed), outside, InTheGraph(seed, official=True)), strict=True))
-    start_worker(outside.tokenizer, SEED_PATH)
+    makers = (lambda: InTheGraph(seed), lambda: OutsideTheHost(own, seed), lambda: InTheGraph(seed, official=True))
+    _ways.update({way: make() for way, make in zip(WAYS, makers, strict=True) if way in asked})
+    start_worker(Host.from_environment().comfyui / "comfy" / "sd1_tokenizer", SEED_PATH)
 
 
 def measure(concept: str, pictures: int) -> dict[str, Any]:
@@ -187,7 +187,8 @@ def measure(concept: str, pictures: int) -> dict[str, Any]:
         layers[name] = narrow_layers(adapter)
         cost = {"evaluations": adapter.card.settings["evaluations"], "seconds": seconds}
         row[name] = {**cost, **measured(concept, layers[name], pictures)}
-    row["difference"] = difference(layers["node"], layers["unguide_train"])
+    if set(WAYS[:2]) <= set(layers):
+        row["difference"] = difference(layers["node"], layers["unguide_train"])
     return row
 
 
@@ -196,16 +197,16 @@ def measure(concept: str, pictures: int) -> dict[str, Any]:
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """What the adapters of every concept and way erase and spare, and what they cost, with means, in Markdown."""
-    columns = [(way, how) for way in WAYS for how in ("alone", "gated")]
+    ways = [way for way in WAYS if all(way in row for row in rows)]
+    columns = [(way, how) for way in ways for how in ("alone", "gated")]
     heads = [f"{way}, {'with its gate' if how == 'gated' else how}" for way, how in columns]
     lines = [_row("concept", *heads, "difference"), "|---" * (len(heads) + 2) + "|"]
     for row in rows:
         accuracies = [_cell(row[way][how]) for way, how in columns]
-        lines.append(_row(row["concept"], *accuracies, f"{100 * row['difference']:.1f} %"))
+        lines.append(_row(row["concept"], *accuracies, _percent(row.get("difference"))))
     means = [_cell({name: fmean(row[way][how][name] for row in rows) for name in COLUMNS}) for way, how in columns]
-    largest = max(row["difference"] for row in rows)
-    lines.append(_row("**mean**", *means, f"at most {100 * largest:.1f} %"))
-    costs = [(way, cost) for cost in ("evaluations", "seconds") for way in WAYS]
+    lines.append(_row("**mean**", *means, ""))
+    costs = [(way, cost) for cost in ("evaluations", "seconds") for way in ways]
     lines += ["", _row("concept", *(f"{cost}, {way}" for way, cost in costs)), "|---" * (len(costs) + 1) + "|"]
     for row in rows:
         lines.append(_row(row["concept"], *(f"{row[way][cost]:.0f}" for way, cost in costs)))
@@ -217,6 +218,10 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
 def _cell(figures: Mapping[str, float]) -> str:
     return " / ".join(f"{figures[name]:.0f}" for name in COLUMNS)
 
@@ -224,6 +229,7 @@ def _cell(figures: Mapping[str, float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 dev training")
     parser.add_argument("--concept", nargs="+", help="default: all ten")
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS, help="default: all three")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=10, help="per prompt (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
@@ -235,7 +241,9 @@ def main() -> None:
     left = [concept for concept in options.concept or CLASSES if concept not in {row["concept"] for row in rows}]
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(options.jobs, get_context("spawn"), start, (Path(folder), options.seed)) as pool,
+        ProcessPoolExecutor(
+            options.jobs, get_context("spawn"), start, (Path(folder), options.seed, options.way)
+        ) as pool,
     ):
         for task in [pool.submit(measure, concept, options.pictures) for concept in left]:
             rows.append(task.result())

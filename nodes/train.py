@@ -71,7 +71,7 @@ class TrainErasureLora(io.ComfyNode):
                     options=list(PRESETS)[::-1],
                     default="selective",
                     tooltip="selective: trains synonyms too, holds other prompts to the base model, with less than "
-                    "a quarter of the paper's evaluations. paper: the official recipe (arXiv 2508.05755).",
+                    "a third of the paper's evaluations. paper: the official recipe (arXiv 2508.05755).",
                 ),
                 io.Combo.Input(
                     "layers",
