@@ -16,7 +16,7 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..unguide_core.calibration import Calibration, Level
+from ..unguide_core.calibration import LOOKS, STEPS, Calibration, Level
 from .blending import Run, blended_prediction
 from .context import Context, Entry, carrying
 from .erasure import Conditioning, ErasureLora
@@ -49,8 +49,8 @@ class CalibrationSettings:
         seed: of the first noise.
     """
 
-    steps: int = 20
-    looks: tuple[int, ...] = (1, 2, 4, 6)
+    steps: int = STEPS
+    looks: tuple[int, ...] = LOOKS
     repeats: int = 4
     own_repeats: int = 16
     seed: int = 0

@@ -17,6 +17,9 @@ import torch
 
 VERSION = 2
 
+STEPS, LOOKS = 20, (1, 2, 4, 6)
+"""The schedule that prompts are denoised on, and the steps before which to look: they enclose where gates decide."""
+
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Shares of false alarms, and of misses, whose thresholds are kept; those in between are interpolated."""
 

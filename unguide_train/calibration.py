@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from unguide_core.adapter import Adapter
-from unguide_core.calibration import Calibration, Level
+from unguide_core.calibration import LOOKS, STEPS, Calibration, Level
 from unguide_core.probe import alignment, influence, influence_map
 from unguide_core.training import Predictor, Sampler, sampled_timesteps
 
-STEPS, LOOKS = 20, (1, 2, 4, 6)
-"""Of a whole denoising; the steps before which to look."""
 CFG = 4.0
 OWN_REPEATS = 8
 

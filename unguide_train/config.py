@@ -46,7 +46,7 @@ class Config(_Strict):
     precision: that the base computes in; the adapter is float32 always.
     rows: latents computed at once, at most.
     recipe: changes of the preset's values, by the names of `unguide_core.training.Recipe`.
-    calibrate: measure the adapter at the end, for the gate's threshold; some 1,300 evaluations.
+    calibrate: measure the adapter at the end, for the gate's threshold; at most 1,300 evaluations.
     logs: folder for TensorBoard; None logs nothing.
     """
 

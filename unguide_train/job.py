@@ -15,7 +15,7 @@ from tqdm import tqdm
 from unguide_core.adapter import Adapter, Card, LowRank
 from unguide_core.formats import save_adapter
 from unguide_core.prompts import calibration_prompts
-from unguide_core.training import FP16_LOSS_SCALE, Training, TrainingError
+from unguide_core.training import FP16_LOSS_SCALE, Training, TrainingError, is_out_of_memory
 
 from . import checkpoint
 from .calibration import Asked, calibrate
@@ -124,7 +124,9 @@ def calibrated(training: Training, adapter: Adapter, base_hash: str, prompts: As
         found = calibrate(
             training.predict, adapter, base_hash, prompts, training.shape, seed=seed, device=device, rows=rows
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         log.warning("%s is trained, but not calibrated: %s", adapter.card.concept, error)
         return adapter
     return replace(adapter, card=replace(adapter.card, calibration=found.to_card()))

@@ -14,9 +14,10 @@ from demo.captions import words_for
 from demo.erasure import LORAS, path_of
 from tests.conftest import pack_module
 from tests.host.conftest import Demo
-from unguide_core.calibration import Calibration
+from unguide_core.calibration import LOOKS, Calibration
 from unguide_core.formats import load_adapter
-from unguide_train.calibration import LOOKS, calibrate
+from unguide_train import job
+from unguide_train.calibration import calibrate
 from unguide_train.config import from_values
 from unguide_train.job import train_concept
 from unguide_train.model import DiffusersPredictor, apply_adapter, load_base
@@ -81,6 +82,17 @@ def test_the_hosts_gate_goes_by_it_where_nothing_patches_the_model(found: Calibr
     assert identity.is_called(demo.model, found.model, "")
     patched.add_object_patch("model_sampling", patched.get_model_object("model_sampling"))
     assert not identity.is_called(patched, found.model, "")
+
+
+def test_what_was_trained_is_not_lost_where_memory_runs_out_in_its_calibration(settings, monkeypatch, caplog) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(job, "calibrate", full)
+    config = from_values({**settings, "calibrate": True})
+    card = load_adapter(job.train_concept(config, config.concepts[0], quiet=True).path).card
+    assert card.calibration == {}
+    assert "is trained, but not calibrated: no room" in caplog.text
 
 
 def test_a_trained_adapters_card_is_calibrated(settings, tmp_path: Path) -> None:
