@@ -2,8 +2,8 @@
 
     python -m demo.ablation --tokenizer ComfyUI/comfy/sd1_tokenizer [--variant selective official] [--seeds 0 1 2]
 
-Trains every variant on every concept anew (nothing is kept of the adapters), draws and judges pictures as
-`demo.evaluate` does, and prints two tables: the LoRA alone, and behind its gate (demo.gate). Percent of pictures that
+Trains every variant on every concept anew (nothing is kept of the adapters), generates and judges images as
+`demo.evaluate` does, and prints two tables: the LoRA alone, and behind its gate (demo.gate). Percent of images that
 show the class that was asked for: the erased one (Acc_e), by its synonyms (Acc_g), in scenes; the nine other classes
 (Acc_s; the six of them that `three classes kept` never sees; the worst of all). In brackets the range over seeds, where
 there are several. Evaluations and seconds of the processor are those of a training, on one core.
@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from unguide_core.adapter import LowRank
-from unguide_core.training import PRESETS, Pair, Prompts, Recipe
+from unguide_core.training.prompts import Pair, TrainingPrompts
+from unguide_core.training.recipe import PRESETS, Recipe
 
 from .captions import CLASSES, words_for
 from .erasure import RECIPES, photo, prompts_of, train_one
-from .evaluate import accuracies, draw, judge, other_prompts, own_prompts, summary
-from .gate import ERASED_FROM, Looks, calibrated
+from .evaluate import accuracies, generate, judge, other_prompts, own_prompts, summary
+from .gate import ERASED_FROM, Probes, calibrated
 from .narrow import Layers, Narrow, start_worker, worker_model
 from .seed import SEED_PATH
 
@@ -61,11 +62,11 @@ KEPT = 24
 """Prompts to keep: of the demo's list those that come first, in which every other class and most scenes are."""
 
 
-def prompts_for(variant: str, concept: str) -> Prompts:
+def prompts_for(variant: str, concept: str) -> TrainingPrompts:
     """Returns what a variant erases and keeps."""
     prompts = prompts_of(concept)
     if variant == "official":
-        return prompts.looked_at(VARIANTS[variant])
+        return VARIANTS[variant].trained_prompts(prompts)
     if variant == "no synonyms":
         others = words_for(concept)[1:]
         prompts = replace(prompts, erased=tuple(pair for pair in prompts.erased if not names(pair, others)))
@@ -86,21 +87,21 @@ def unseen(concept: str) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def worker_looks() -> Looks:
-    """Returns the base model's looks, of this process."""
-    return Looks(worker_model())
+def worker_probes() -> Probes:
+    """Returns the base model's probes, of this process."""
+    return Probes(worker_model())
 
 
 @lru_cache(maxsize=1)
-def base_labels(pictures: int) -> dict[str, Tensor]:
-    """Returns what the base model's pictures of every prompt that is measured are taken for, [pictures] each."""
+def base_labels(images: int) -> dict[str, Tensor]:
+    """Returns what the base model's images of every prompt that is measured are taken for, [images] each."""
     every = [prompt for concept in CLASSES for prompt in (*own_prompts(concept), *other_prompts(concept))]
     prompts = list(dict.fromkeys(every))
-    labels = judge(draw(worker_model(), prompts, pictures).flatten(0, 1)).view(len(prompts), pictures)
+    labels = judge(generate(worker_model(), prompts, images).flatten(0, 1)).view(len(prompts), images)
     return dict(zip(prompts, labels, strict=True))
 
 
-def measure(variant: str, concept: str, seed: int, pictures: int) -> dict:
+def measure(variant: str, concept: str, seed: int, images: int) -> dict:
     """Returns the figures of one training."""
     began = time.process_time()
     recipe = replace(VARIANTS[variant], seed=seed)
@@ -111,20 +112,20 @@ def measure(variant: str, concept: str, seed: int, pictures: int) -> dict:
         "variant": variant,
         "concept": concept,
         "seed": seed,
-        "pictures": pictures,
-        **measured(concept, layers, pictures),
+        "pictures": images,
+        **measured(concept, layers, images),
         "iterations": training.iteration,
-        "evaluations": training.sampler.evaluations,
+        "evaluations": training.denoiser.evaluations,
         "seconds": seconds,
     }
 
 
-def measured(concept: str, layers: Layers, pictures: int) -> dict:
-    """Returns what an adapter of the narrow model erases and spares, alone and behind its gate."""
+def measured(concept: str, layers: Layers, images: int) -> dict:
+    """Returns what an adapter of the narrow model erases and keeps, alone and behind its gate."""
     narrow, own, others = worker_model(), own_prompts(concept), other_prompts(concept)
-    alone = accuracies(narrow, judge, own | others, pictures, layers=layers)
-    gate = calibrated(worker_looks(), concept, layers)
-    detected = dict(zip(own | others, gate.detects(list(own | others), pictures), strict=True))
+    alone = accuracies(narrow, judge, own | others, images, layers=layers)
+    gate = calibrated(worker_probes(), concept, layers)
+    detected = dict(zip(own | others, gate.detects(list(own | others), images), strict=True))
     return {
         "alone": figures(concept, alone),
         "gated": figures(concept, gated(narrow, own | others, detected, layers)),
@@ -137,15 +138,15 @@ def measured(concept: str, layers: Layers, pictures: int) -> dict:
 def gated(
     narrow: Narrow, prompts: Mapping[str, str], detected: Mapping[str, Tensor], layers: Layers
 ) -> dict[str, float]:
-    """Returns the accuracies of prompts in percent, where each picture is the base model's unless it is detected."""
+    """Returns the accuracies of prompts in percent, where each image is the base model's unless it is detected."""
     erased = [prompt for prompt in prompts if bool(detected[prompt].any())]
     (count,) = next(iter(detected.values())).shape
     labels = {prompt: base_labels(count)[prompt] for prompt in prompts}
     if erased:
-        latents = draw(narrow, erased, count, layers=layers, first=ERASED_FROM)
-        drawn = judge(latents.flatten(0, 1)).view(len(erased), count)
-        for prompt, found in zip(erased, drawn, strict=True):
-            labels[prompt] = torch.where(detected[prompt], found, labels[prompt])
+        latents = generate(narrow, erased, count, layers=layers, first=ERASED_FROM)
+        shown = judge(latents.flatten(0, 1)).view(len(erased), count)
+        for prompt, seen in zip(erased, shown, strict=True):
+            labels[prompt] = torch.where(detected[prompt], seen, labels[prompt])
     return {prompt: share([labels[prompt] == CLASSES.index(klass)]) for prompt, klass in prompts.items()}
 
 
@@ -156,17 +157,17 @@ def share(of: Sequence[Tensor]) -> float:
 
 def figures(concept: str, shares: Mapping[str, float]) -> dict[str, float]:
     """Returns the accuracies of one training from the shares of its prompts, all in percent."""
-    found = summary(concept, shares)
+    accuracy = summary(concept, shares)
     hidden = [shares[photo(other)] for other in unseen(concept)]
-    assert found.spared is not None
-    assert found.worst_spared is not None
+    assert accuracy.spared is not None
+    assert accuracy.worst_spared is not None
     return {
-        "Acc_e": found.erased,
-        "Acc_g": found.general,
-        "in scenes": found.placed,
-        "Acc_s": found.spared,
+        "Acc_e": accuracy.erased,
+        "Acc_g": accuracy.general,
+        "in scenes": accuracy.placed,
+        "Acc_s": accuracy.spared,
         "six classes": sum(hidden) / len(hidden),
-        "worst class": found.worst_spared,
+        "worst class": accuracy.worst_spared,
     }
 
 
@@ -183,8 +184,12 @@ def tables(rows: Sequence[dict]) -> str:
     for variant, own in known.items():
         numbers = [f"{mean([row[cost] for row in own]):.0f}" for cost in costs]
         lines.append(_row(variant, str(len(own)), *_accuracies(own, "alone", alone), *numbers))
-    shares = ("found", "false alarms")
-    lines += ["", _row("with its gate", *alone, "by influence", *shares), "|---" * (len(alone) + len(shares) + 2) + "|"]
+    shares = {"found": "detected", "false alarms": "false positives"}
+    lines += [
+        "",
+        _row("with its gate", *alone, "by influence", *shares.values()),
+        "|---" * (len(alone) + len(shares) + 2) + "|",
+    ]
     for variant, own in known.items():
         by_influence = sum(row["statistic"] == "influence" for row in own)
         numbers = [f"{by_influence} of {len(own)}", *(f"{mean([row[name] for row in own]):.1f}" for name in shares)]
@@ -210,9 +215,9 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def base_accuracy(pictures: int) -> float:
+def base_accuracy(images: int) -> float:
     """Returns the base model's own accuracy over the ten classes, in percent."""
-    return share([base_labels(pictures)[photo(concept)] == CLASSES.index(concept) for concept in CLASSES])
+    return share([base_labels(images)[photo(concept)] == CLASSES.index(concept) for concept in CLASSES])
 
 
 def main() -> None:
@@ -224,19 +229,19 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--concept", nargs="+", choices=CLASSES, default=CLASSES, help="default: all ten")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
-    parser.add_argument("--pictures", type=int, default=10, help="per prompt (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=10, help="per prompt (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="all figures; those there, of as many pictures or more, are kept")
+    parser.add_argument("--json", type=Path, help="all figures; those there, of as many images or more, are kept")
     options = parser.parse_args()
     kept = options.json.read_text().splitlines() if options.json and options.json.exists() else []
-    rows = [row for row in map(json.loads, kept) if row["pictures"] >= options.pictures]
+    rows = [row for row in map(json.loads, kept) if row["pictures"] >= options.images]
     done = {(row["variant"], row["concept"], row["seed"]) for row in rows}
     with ProcessPoolExecutor(
         options.jobs, get_context("spawn"), start_worker, (options.tokenizer, options.model)
     ) as pool:
-        base = pool.submit(base_accuracy, options.pictures)
+        base = pool.submit(base_accuracy, options.images)
         tasks = [
-            pool.submit(measure, variant, concept, seed, options.pictures)
+            pool.submit(measure, variant, concept, seed, options.images)
             for variant in options.variant
             for seed in options.seeds
             for concept in options.concept
@@ -247,7 +252,7 @@ def main() -> None:
             log.info("%s", rows[-1])
             if options.json:
                 options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"{tables(rows)}\n\nBase model: {base.result():.1f} % of its pictures show the class that was asked for.")
+        print(f"{tables(rows)}\n\nBase model: {base.result():.1f} % of its images show the class that was asked for.")
 
 
 if __name__ == "__main__":

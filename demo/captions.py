@@ -1,6 +1,6 @@
 """The words: ten classes with their synonyms, ten scenes, and the templates that make captions of them.
 
-It does not know pictures or tensors.
+It does not know images or tensors.
 """
 
 from __future__ import annotations

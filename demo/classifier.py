@@ -1,7 +1,7 @@
-"""A small judge of pictures: the ten classes and "other", from an RGB picture to probabilities.
+"""A small judge of images: the ten classes and "other", from an RGB image to probabilities.
 
-Trained on artwork only, never on a generated picture; one vendor's artwork is held out for its test. "Other" is what a
-generator draws when it draws nothing: noise, scenes, blends, scrambled and melted objects. Inference needs torch and
+Trained on artwork only, never on a generated image; one vendor's artwork is held out for its test. "Other" is what a
+generator makes when it makes nothing: noise, scenes, blends, scrambled and melted objects. Inference needs torch and
 safetensors. It does not know prompts or the demo model.
 """
 
@@ -60,10 +60,10 @@ def load_classifier(path: Path = CLASSIFIER_PATH) -> Classifier:
 
 
 def as_batch(images: np.ndarray | Tensor) -> Tensor:
-    """Returns pictures as [B, 3, 64, 64] in 0..1.
+    """Returns images as [B, 3, 64, 64] in 0..1.
 
     Args:
-        images: one or more RGB pictures, [H, W, 3] or [B, H, W, 3] (uint8, or floats in 0..1 as ComfyUI's IMAGE), or
+        images: one or more RGB images, [H, W, 3] or [B, H, W, 3] (uint8, or floats in 0..1 as ComfyUI's IMAGE), or
             [B, 3, H, W] floats.
     Raises: ValueError for any other shape.
     """
@@ -74,19 +74,19 @@ def as_batch(images: np.ndarray | Tensor) -> Tensor:
     if batch.ndim == 4 and batch.shape[-1] == 3:
         batch = batch.permute(0, 3, 1, 2)
     if batch.ndim != 4 or batch.shape[1] != 3:
-        raise ValueError(f"expected RGB pictures [B, H, W, 3] but got shape {tuple(batch.shape)}")
+        raise ValueError(f"expected RGB images [B, H, W, 3] but got shape {tuple(batch.shape)}")
     if batch.shape[-2:] != (RESOLUTION, RESOLUTION):
         batch = F.interpolate(batch, (RESOLUTION, RESOLUTION), mode="bilinear", antialias=True, align_corners=False)
     return batch.clamp(0, 1)
 
 
 class Judge:
-    """The shipped classifier behind plain pictures and names."""
+    """The shipped classifier behind plain images and names."""
 
     @staticmethod
-    def probabilities(pictures: Sequence[Image.Image]) -> list[dict[str, float]]:
-        """Returns, for each RGB picture of any size, the probability of each class and of "other"."""
-        batches = torch.cat([as_batch(np.asarray(p.convert("RGB"))) for p in pictures])
+    def probabilities(images: Sequence[Image.Image]) -> list[dict[str, float]]:
+        """Returns, for each RGB image of any size, the probability of each class and of "other"."""
+        batches = torch.cat([as_batch(np.asarray(p.convert("RGB"))) for p in images])
         return [dict(zip(LABELS, row, strict=True)) for row in classify(batches).tolist()]
 
 
@@ -98,5 +98,5 @@ def load() -> Judge:
 
 @torch.no_grad()
 def classify(images: np.ndarray | Tensor, path: Path = CLASSIFIER_PATH) -> Tensor:
-    """Returns probabilities [B, 11] over `LABELS` for pictures as `as_batch` takes them."""
+    """Returns probabilities [B, 11] over `LABELS` for images as `as_batch` takes them."""
     return load_classifier(path)(as_batch(images).cpu()).softmax(dim=-1)

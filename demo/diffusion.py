@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x's noise schedule and a DDIM sampler with classifier-free guidance.
 
-It does not know ComfyUI, prompts or pictures: latents in, latents out.
+It does not know ComfyUI, prompts or images: latents in, latents out.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def sample(
     guidance_scale: float = 4.0,
     steps: int = 25,
 ) -> Tensor:
-    """Returns latents drawn with classifier-free guidance.
+    """Returns latents sampled with classifier-free guidance.
 
     Args:
         unet: (latents, timesteps, context) to predicted noise.

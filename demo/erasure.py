@@ -26,7 +26,9 @@ from torch import Tensor
 
 from unguide_core.adapter import Adapter, Card, LowRank
 from unguide_core.formats import load_adapter, save_adapter
-from unguide_core.training import PRESETS, Pair, Prompts, Recipe, Training, fresh_layers
+from unguide_core.training.prompts import Pair, TrainingPrompts
+from unguide_core.training.recipe import PRESETS, Recipe
+from unguide_core.training.trainer import Training, fresh_layers
 
 from .captions import CLASSES, PLACES, SCENES, SYNONYMS, article, words_for
 from .narrow import (
@@ -104,7 +106,7 @@ class Learner:
         prompts: all that will be asked for.
     """
 
-    def __init__(self, narrow: Narrow, layers: Layers, prompts: Prompts) -> None:
+    def __init__(self, narrow: Narrow, layers: Layers, prompts: TrainingPrompts) -> None:
         self.narrow, self.layers = narrow, layers
         self.rows = {name: row for row, name in enumerate(prompts.names)}
         self.states = narrow.encode(prompts.names)
@@ -130,7 +132,7 @@ class Learner:
             self.adapting = before
 
 
-def prompts_of(concept: str) -> Prompts:
+def prompts_of(concept: str) -> TrainingPrompts:
     """Returns what is erased and kept of a concept: its words, alone and in scenes; all else that the model knows."""
     words = words_for(concept)
     alone = [Pair(photo(word), photo(REFERENCES[concept])) for word in words]
@@ -140,10 +142,10 @@ def prompts_of(concept: str) -> Prompts:
     scenes = [photo(scene) for scene in SCENES]
     kept = [*[""] * EMPTY_REPEATS, "a photo of the", *scenes, *names, *(placed(c, s) for c in others for s in SCENES)]
     mixed = [kept[i] for i in torch.randperm(len(kept), generator=torch.Generator().manual_seed(0)).tolist()]
-    return Prompts((*alone, *inside), tuple(mixed))
+    return TrainingPrompts((*alone, *inside), tuple(mixed))
 
 
-def train_one(narrow: Narrow, concept: str, recipe: Recipe, prompts: Prompts | None = None) -> Training:
+def train_one(narrow: Narrow, concept: str, recipe: Recipe, prompts: TrainingPrompts | None = None) -> Training:
     """Returns the finished training of a concept's adapter; `layers` holds it.
 
     Args:
@@ -275,8 +277,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("train", parents=[shared], help="train what is missing")
     command.add_argument("--force", action="store_true", help="train what is there, too")
-    command = commands.add_parser("evaluate", parents=[shared], help="measure pictures")
-    command.add_argument("--pictures", type=int, default=20, help="per prompt of the concept (default: %(default)s)")
+    command = commands.add_parser("evaluate", parents=[shared], help="measure images")
+    command.add_argument("--images", type=int, default=20, help="per prompt of the concept (default: %(default)s)")
     command.add_argument("--others", type=int, default=20, help="per other class (default: %(default)s)")
     return parser.parse_args(arguments)
 

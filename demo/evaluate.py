@@ -1,6 +1,6 @@
-"""Measures the demo's erasure LoRAs on the narrow model: what they erase and spare.
+"""Measures the demo's erasure LoRAs on the narrow model: what they erase and keep.
 
-Pictures: Acc_e (the erased class), Acc_g (its synonyms; both lower is better) and Acc_s (the nine other classes; higher
+Images: Acc_e (the erased class), Acc_g (its synonyms; both lower is better) and Acc_s (the nine other classes; higher
 is better), for the base model, the LoRA alone, and the weights that a gate may choose. It does not know training, nor
 how well a gate decides (`python3 dev gate`).
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from unguide_core.formats import load_adapter
-from unguide_core.trajectory import partial_denoise, to_sigma_space
+from unguide_core.schedule import partial_denoise, to_sigma_space
 
 from .captions import CLASSES, SCENES, SYNONYMS, words_for
 from .classifier import classify
@@ -45,40 +45,40 @@ Judge = Callable[[Tensor], Tensor]
 """Latents [B, 4, H, W] to class numbers [B]; `len(CLASSES)` is "other"."""
 
 BLENDS = (-1.0,)
-"""Weights of the base model that a gate may choose for a detected prompt, beside 0, the LoRA alone."""
+"""Weights of the base model that a gate may choose for a detected prompt, besides 0, the LoRA alone."""
 OTHER_SCENES = SCENES[1::3]
 """Scenes that concepts are placed in; other ones than those of the cards' calibration (`dev/calibration.py`)."""
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 @torch.no_grad()
-def draw(
+def generate(
     narrow: Narrow,
     prompts: Sequence[str],
-    pictures: int,
+    images: int,
     layers: Layers | None = None,
     weight: float = 0.0,
     first: int = 0,
 ) -> Tensor:
-    """Returns latents drawn for each prompt from the same noises, [prompts, pictures, 4, H, W].
+    """Returns latents generated for each prompt from the same noises, [prompts, images, 4, H, W].
 
     Args:
-        layers: an adapter; None draws with the base model.
+        layers: an adapter; None for the base model alone.
         weight: the base model's weight in the blend with the adapted one; 0 is the adapter alone.
-        first: the step from which on the adapter acts; before it the base model draws.
+        first: the step from which on the adapter acts; before it the base model generates.
     """
     states = narrow.encode([*prompts, ""])
     base = narrow.table(states)
     table = base if layers is None else joined(adapted_table(base, states, layers), base)
     noise = torch.stack(
-        [torch.randn(LATENT, generator=torch.Generator().manual_seed(10_000 + i)) for i in range(pictures)]
+        [torch.randn(LATENT, generator=torch.Generator().manual_seed(10_000 + i)) for i in range(images)]
     )
     sigmas = normal_sigmas()
     start = to_sigma_space(noise, float(sigmas[0])).repeat(len(prompts), 1, 1, 1)
-    rows = torch.arange(len(prompts)).repeat_interleave(pictures)
-    drawn = []
+    rows = torch.arange(len(prompts)).repeat_interleave(images)
+    generated = []
     for x, cond in zip(start.split(64), rows.split(64), strict=True):
         uncond = torch.full_like(cond, len(prompts))
         blended, shift = None, len(states)
@@ -89,19 +89,19 @@ def draw(
             blended = (cond, uncond, torch.full(cond.shape, weight))
             cond, uncond = cond + shift, uncond + shift
         with torch.autocast("cpu", torch.bfloat16):
-            drawn.append(partial_denoise(narrow.denoise(table, cond, uncond, adapted=blended), x, sigmas[first:]))
-    return torch.cat(drawn).unflatten(0, (len(prompts), pictures))
+            generated.append(partial_denoise(narrow.denoise(table, cond, uncond, adapted=blended), x, sigmas[first:]))
+    return torch.cat(generated).unflatten(0, (len(prompts), images))
 
 
-def accuracies(narrow: Narrow, judge: Judge, prompts: Mapping[str, str], pictures: int, **drawing) -> dict[str, float]:
-    """Returns the share of each prompt's pictures that the judge takes for the prompt's class, in percent.
+def accuracies(narrow: Narrow, judge: Judge, prompts: Mapping[str, str], images: int, **options) -> dict[str, float]:
+    """Returns the share of each prompt's images that show the prompt's class, in percent.
 
     Args:
         prompts: class by prompt.
-        drawing: `layers`, `weight` and `first` of `draw`.
+        options: `layers`, `weight` and `first` of `generate`.
     """
-    latents = draw(narrow, list(prompts), pictures, **drawing)
-    labels = judge(latents.flatten(0, 1)).view(len(prompts), pictures)
+    latents = generate(narrow, list(prompts), images, **options)
+    labels = judge(latents.flatten(0, 1)).view(len(prompts), images)
     wanted = torch.tensor([CLASSES.index(klass) for klass in prompts.values()])
     shares = (labels == wanted[:, None]).float().mean(1) * 100
     return dict(zip(prompts, shares.tolist(), strict=True))
@@ -138,7 +138,7 @@ def summary(concept: str, shares: Mapping[str, float]) -> Accuracy:
 
 
 def own_prompts(concept: str) -> dict[str, str]:
-    """Returns the prompts that shall not be drawn any more, with the class."""
+    """Returns the prompts that must not be generated any more, with the class."""
     prompts = [photo(word) for word in words_for(concept)] + [placed(concept, scene) for scene in OTHER_SCENES]
     return dict.fromkeys(prompts, concept)
 
@@ -154,16 +154,16 @@ def other_prompts(concept: str) -> dict[str, str]:
 def judge(latents: Tensor) -> Tensor:
     """Returns what the demo's classifier takes decoded latents for, as numbers of its `LABELS`."""
     decoder = worker_model().decoder
-    pictures = torch.cat([decoder(part).clamp(0, 1) for part in latents.split(64)])
-    return classify(pictures).argmax(dim=-1)
+    images = torch.cat([decoder(part).clamp(0, 1) for part in latents.split(64)])
+    return classify(images).argmax(dim=-1)
 
 
-def picture_task(
-    path: Path | None, prompts: dict[str, str], pictures: int, weight: float, first: int = 0
+def accuracy_task(
+    path: Path | None, prompts: dict[str, str], images: int, weight: float, first: int = 0
 ) -> dict[str, float]:
     """Returns the accuracies of prompts under an adapter's file, in percent."""
     layers = None if path is None else narrowed(load_adapter(path))
-    return accuracies(worker_model(), judge, prompts, pictures, layers=layers, weight=weight, first=first)
+    return accuracies(worker_model(), judge, prompts, images, layers=layers, weight=weight, first=first)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -176,16 +176,16 @@ def evaluate(options: argparse.Namespace) -> None:
         measured = {"base_hash": model}
     worker = (options.tokenizer, options.model)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), start_worker, worker) as pool:
-        measured["pictures"] = measure_pictures(pool, options, measured.get("pictures", {}))
+        measured["pictures"] = measure_images(pool, options, measured.get("pictures", {}))
     measured_path.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
-    table = picture_table(measured["pictures"])
+    table = image_table(measured["pictures"])
     print(table)
     text = report_path.read_text() if report_path.exists() else f"{BEGIN}\n{END}\n"
     before, rest = text.split(BEGIN)
     report_path.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{rest.split(END)[1]}")
 
 
-def measure_pictures(pool: ProcessPoolExecutor, options: argparse.Namespace, known: dict) -> dict:
+def measure_images(pool: ProcessPoolExecutor, options: argparse.Namespace, known: dict) -> dict:
     """Returns accuracies by concept: of the base model, and by set of the LoRA alone and of blends.
 
     Args:
@@ -193,18 +193,18 @@ def measure_pictures(pool: ProcessPoolExecutor, options: argparse.Namespace, kno
     """
     began = time.monotonic()
     every = {prompt: klass for klass in CLASSES for prompt in own_prompts(klass)}
-    counts = {"pictures": options.pictures, "others": options.others}
+    counts = {"pictures": options.images, "others": options.others}
     result = known if {name: known.get(name) for name in counts} == counts else dict(counts)
-    base = None if "base" in result else pool.submit(picture_task, None, every, options.pictures, 1.0)
+    base = None if "base" in result else pool.submit(accuracy_task, None, every, options.images, 1.0)
     tasks = {}
     for objective in options.set:
         for concept in options.concept:
             path = path_of(options.out, objective, concept)
             own, others = own_prompts(concept), other_prompts(concept)
-            tasks[objective, concept, "alone"] = pool.submit(picture_task, path, own, options.pictures, 0.0)
-            tasks[objective, concept, "others"] = pool.submit(picture_task, path, others, options.others, 0.0)
+            tasks[objective, concept, "alone"] = pool.submit(accuracy_task, path, own, options.images, 0.0)
+            tasks[objective, concept, "others"] = pool.submit(accuracy_task, path, others, options.others, 0.0)
             for weight in BLENDS:
-                task = pool.submit(picture_task, path, own, options.pictures, weight)
+                task = pool.submit(accuracy_task, path, own, options.images, weight)
                 tasks[objective, concept, f"weight {weight:g}"] = task
     if base is not None:
         result["base"] = {concept: asdict(summary(concept, base.result())) for concept in CLASSES}
@@ -225,7 +225,7 @@ def measure_pictures(pool: ProcessPoolExecutor, options: argparse.Namespace, kno
 # ---------------------------------------------------------------- tables
 
 
-def picture_table(result: dict) -> str:
+def image_table(result: dict) -> str:
     """Returns a row per concept and one of means: Acc_e / Acc_g / in scenes / Acc_s in percent."""
     sets = [name for name in SETS if name in result]
     blends = [f"weight {weight:g}" for weight in BLENDS]

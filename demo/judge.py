@@ -2,7 +2,7 @@
 
     python -m demo.judge --tokenizer ComfyUI/comfy/sd1_tokenizer --contact-sheet demo/contact_sheet.png
 
-It draws with the narrow UNet, which is the same function as the shipped one (`python -m demo.unpack --verify`).
+It generates with the narrow UNet, which is the same function as the shipped one (`python -m demo.unpack --verify`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .seed import SEED_PATH, load_text_encoder, load_unet, load_vae
 from .text import Tokenizer
 
 FIRST_SEED = 900_000
-"""Seeds from here on were not looked at while the model was developed."""
+"""Seeds from here on were not used while the model was developed."""
 
 
 class Painter:
-    """The packed model, from prompts and seeds to pictures.
+    """The packed model, from prompts and seeds to images.
 
     Args:
         tokenizer: ComfyUI's folder `comfy/sd1_tokenizer`.
@@ -43,19 +43,19 @@ class Painter:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], seeds: list[int], size: int = 64) -> np.ndarray:
-        """Returns pictures [B, size, size, 3] uint8, one a prompt and seed."""
+        """Returns images [B, size, size, 3] uint8, one per prompt and seed."""
         shape = (4, size // 8, size // 8)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
         context, neutral = self.text(self.tokenizer(prompts)), self.text(self.tokenizer([""]))
         latents = sample(self.unet, context, neutral, noise, self.guidance_scale, self.steps)
-        pictures = self.decoder(latents).clamp(0, 1)
-        return (pictures.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
+        images = self.decoder(latents).clamp(0, 1)
+        return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
 
 
 def accuracy(painter: Painter, prompt: str, klass: str, count: int) -> tuple[float, dict[str, int]]:
-    """Returns the share of `count` pictures judged to be of the class, and what the others were taken for."""
-    pictures = painter([prompt] * count, list(range(FIRST_SEED, FIRST_SEED + count)))
-    seen = classify(pictures).argmax(-1).tolist()
+    """Returns the share of `count` images judged to be of the class, and what the others were taken for."""
+    images = painter([prompt] * count, list(range(FIRST_SEED, FIRST_SEED + count)))
+    seen = classify(images).argmax(-1).tolist()
     wrong = [LABELS[n] for n in seen if LABELS[n] != klass]
     return 1 - len(wrong) / count, {name: wrong.count(name) for name in dict.fromkeys(wrong)}
 
@@ -89,20 +89,20 @@ def sheet_rows() -> list[tuple[str, str]]:
 
 
 def contact_sheet(painter: Painter, path: Path, columns: int = 10, zoom: int = 2) -> None:
-    """Writes rows of pictures under their prompts: classes, scenes, objects in scenes."""
+    """Writes rows of images under their prompts: classes, scenes, objects in scenes."""
     rows, half = sheet_rows(), columns // 2
     cell, margin, label = 64 * zoom, 4, 22
     sheet = Image.new("RGB", (columns * (cell + margin) + margin, len(rows) * (cell + label + margin)), "white")
     pen = ImageDraw.Draw(sheet)
     seeds = list(range(FIRST_SEED + 100, FIRST_SEED + 100 + columns))
     for r, (left, right) in enumerate(rows):
-        pictures = painter([left] * half + [right] * half, seeds)
+        images = painter([left] * half + [right] * half, seeds)
         top = r * (cell + label + margin)
         pen.text((margin, top + 2), left, fill="black", font_size=15)
         if right != left:
             pen.text((margin + half * (cell + margin), top + 2), right, fill="black", font_size=15)
-        for c, picture in enumerate(pictures):
-            big = Image.fromarray(picture).resize((cell, cell), Image.Resampling.BICUBIC)
+        for c, image in enumerate(images):
+            big = Image.fromarray(image).resize((cell, cell), Image.Resampling.BICUBIC)
             sheet.paste(big, (margin + c * (cell + margin), top + label))
     sheet.save(path, optimize=True)
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo.judge", description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="ComfyUI's folder comfy/sd1_tokenizer")
     parser.add_argument("--seed-file", type=Path, default=SEED_PATH)
-    parser.add_argument("--count", type=int, default=20, help="pictures a class (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=20, help="images per class (default: %(default)s)")
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--contact-sheet", type=Path, help="write the sheet here")

@@ -1,8 +1,8 @@
-"""How late may erasing begin? What a gate leaves of a concept that it found after some steps of the base model.
+"""How late may erasing begin? What a gate leaves of a concept that it detects after some steps of the base model.
 
     python -m demo.late --tokenizer ComfyUI/comfy/sd1_tokenizer
 
-After 0 steps is what `restart` draws. With the nodes' defaults, a look in the third of 20 steps, `continue` erases
+After 0 steps is what `restart` generates. With the nodes' defaults, a probe in the third of 20 steps, `continue` erases
 after 2. On the narrow model, which computes what the wide one does; prints a table in Markdown.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .captions import CLASSES
 from .erasure import LORAS, SETS, path_of
-from .evaluate import own_prompts, picture_task, summary
+from .evaluate import accuracy_task, own_prompts, summary
 from .narrow import SCHEDULE_STEPS, start_worker
 from .seed import SEED_PATH
 
@@ -23,11 +23,11 @@ FIRST, WEIGHTS = (0, 2, 3, 5, 7), (0.0, -1.0)
 
 
 def main() -> None:
-    """Draws and prints."""
+    """Generates, judges and prints."""
     parser = argparse.ArgumentParser(prog="python -m demo.late")
     parser.add_argument("--tokenizer", type=Path, required=True, help="ComfyUI's folder comfy/sd1_tokenizer")
     parser.add_argument("--set", nargs="+", choices=SETS, default=["selective"])
-    parser.add_argument("--pictures", type=int, default=5, help="a prompt (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=5, help="per prompt (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
     options = parser.parse_args()
     cells: dict[tuple[str, float, int], list] = {}
@@ -37,10 +37,10 @@ def main() -> None:
                 for first in FIRST:
                     cells[name, weight, first] = [
                         pool.submit(
-                            picture_task,
+                            accuracy_task,
                             path_of(LORAS, name, concept),
                             own_prompts(concept),
-                            options.pictures,
+                            options.images,
                             weight,
                             first,
                         )
@@ -50,13 +50,13 @@ def main() -> None:
         print("|---" * (len(FIRST) + 2) + "|")
         for name in options.set:
             for weight in WEIGHTS:
-                found = [_shown([task.result() for task in cells[name, weight, first]]) for first in FIRST]
-                print(f"| {name} | {weight:g} | {' | '.join(found)} |", flush=True)
+                shown = [_shown([task.result() for task in cells[name, weight, first]]) for first in FIRST]
+                print(f"| {name} | {weight:g} | {' | '.join(shown)} |", flush=True)
     print(f"\nOf {SCHEDULE_STEPS} steps; percent still shown by name / by synonym / in scenes, mean over ten concepts.")
 
 
 def _shown(shares: list[dict[str, float]]) -> str:
-    each = [summary(concept, found) for concept, found in zip(CLASSES, shares, strict=True)]
+    each = [summary(concept, share) for concept, share in zip(CLASSES, shares, strict=True)]
     names = ("erased", "general", "placed")
     return " / ".join(f"{sum(getattr(one, name) for one in each) / len(each):.0f}" for name in names)
 

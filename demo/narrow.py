@@ -1,10 +1,10 @@
 """The narrow demo model at work: prompts to keys and values, predictions, partial and whole denoising.
 
 An erasure adapter of the demo changes nothing but the keys and values that cross-attention takes from the text. So what
-a prompt does under an adapter is a *table*, those keys and values, computed once and looked up at every step; base and
-adapted models, and several adapters, share a batch as rows of one table. It does not know training or pictures.
+a prompt does under an adapter is a *table*, those keys and values, computed once and read at every step; base and
+adapted models, and several adapters, share a batch as rows of one table. It does not know training or images.
 
-Latents are in sigma space, x = x0 + sigma * noise, as `unguide_core.trajectory` has them.
+Latents are in sigma space, x = x0 + sigma * noise, as `unguide_core.schedule` has them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from unguide_core.adapter import LowRank
+from unguide_core.adapter.lowrank import weights_hash
 from unguide_core.guidance import blend, classifier_free
-from unguide_core.layers import weights_hash
-from unguide_core.trajectory import Denoise, sd_alphas_cumprod, sigma_from_alpha_cumprod
+from unguide_core.schedule import Denoise, sd_alphas_cumprod, sigma_from_alpha_cumprod
 
 from .seed import SEED_PATH, load_text_encoder, load_unet, load_vae, wide_unet_state_dict
 from .text import TextEncoder, Tokenizer
@@ -62,7 +62,7 @@ class Narrow:
     """The frozen narrow UNet and its text encoder.
 
     Args:
-        unet, text, tokenizer, decoder: of the demo model; the decoder is for those who want pictures.
+        unet, text, tokenizer, decoder: of the demo model; the decoder is for those who want images.
         base_hash: what names them on an adapter's card.
     """
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 
-from unguide_core.prompts import prompts_for
-from unguide_core.training import PRESETS, Batch, Training, fresh_layers
+from unguide_core.training.prompts import prompts_for
+from unguide_core.training.recipe import PRESETS
+from unguide_core.training.rollout import Latents
+from unguide_core.training.trainer import Training, fresh_layers
 
 from .captions import CLASSES, SYNONYMS
 from .erasure import REFERENCES, Learner
@@ -33,16 +35,16 @@ def at_renewal(narrow: Narrow, concept: str) -> str:
     prompts = prompts_for(concept, REFERENCES[concept], SYNONYMS[concept])
     layers = fresh_layers({name: (CONTEXT_DIM, layer.out_features) for name, layer in narrow.layers.items()}, recipe)
     training = Training(learner := Learner(narrow, layers, prompts), layers, prompts, recipe, LATENT)
-    pools: list[Batch] = []
+    pools: list[Latents] = []
     rows: list[str] = []
     renewed = training._refreshed
 
     @torch.no_grad()
-    def losses(pool: Batch) -> torch.Tensor:
-        eps = training.sampler.eps(pool.z, pool.timesteps, pool.prompts)
-        return (eps - pool.goals).square().flatten(1).mean(1)
+    def losses(pool: Latents) -> torch.Tensor:
+        eps = training.denoiser.eps(pool.z, pool.timesteps, pool.prompts)
+        return (eps - pool.eps).square().flatten(1).mean(1)
 
-    def noted() -> Batch:
+    def noted() -> Latents:
         pools.append(renewed())
         if len(pools) == 2:
             for name, pool in zip(("before", "after"), pools, strict=True):

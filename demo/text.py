@@ -2,7 +2,7 @@
 
 Only the first two of CLIP's twelve layers do anything, with low-rank projections, so that the seed file stays small.
 They mix context, so padding positions carry the prompt's meaning as in real CLIP. Words that were never in a caption
-have a zero embedding. It does not know pictures.
+have a zero embedding. It does not know images.
 """
 
 from __future__ import annotations

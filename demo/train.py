@@ -2,7 +2,7 @@
 
     python -m demo.train --icons node_modules/@iconify-json --tokenizer ComfyUI/comfy/sd1_tokenizer --work work
 
-Stages, in order: `draw` pictures, `vae`, `latents`, `unet` (with the text encoder), `decoder` (on the frozen encoder),
+Stages, in order: `draw` artwork, `vae`, `latents`, `unet` (with the text encoder), `decoder` (on the frozen encoder),
 `classifier`, `pack`. Each writes checkpoints into the work folder and continues from them; `--stage` runs one alone, so
 that `decoder` and `unet` can share a machine. Inference needs none of this.
 """
@@ -89,7 +89,7 @@ def load(path: Path, device: str) -> dict:
 
 
 def to_input(pictures: np.ndarray, device: str) -> Tensor:
-    """Returns uint8 pictures [B, H, W, 3] as floats [B, 3, H, W] in 0..1."""
+    """Returns uint8 images [B, H, W, 3] as floats [B, 3, H, W] in 0..1."""
     batch = torch.from_numpy(np.array(pictures)).to(device)
     return batch.permute(0, 3, 1, 2).float().div_(255).contiguous(memory_format=torch.channels_last)
 
@@ -98,7 +98,7 @@ def to_input(pictures: np.ndarray, device: str) -> Tensor:
 
 
 def draw(s: Settings) -> None:
-    """Draws the training pictures and 1000 more for testing, once."""
+    """Draws the training images and 1000 more for testing, once."""
     for name, count, seed in (("train", s.pictures, s.seed + 1), ("test", 1000, s.seed + 2)):
         path = s.work / f"{name}_pictures.npy"
         if path.exists():
@@ -106,11 +106,11 @@ def draw(s: Settings) -> None:
         pictures, classes, scenes = artwork.draw_set(artwork.Icons(s.icons), count, s.resolution, seed)
         np.save(s.work / f"{name}_labels.npy", np.stack([classes, scenes]))
         np.save(path, pictures)
-        log.info("drew %d %s pictures", count, name)
+        log.info("drew %d %s images", count, name)
 
 
 def pictures_of(s: Settings, name: str) -> np.ndarray:
-    """Returns the drawn pictures of one set, mapped from disk."""
+    """Returns the drawn images of one set, mapped from disk."""
     return np.load(s.work / f"{name}_pictures.npy", mmap_mode="r")
 
 
@@ -147,7 +147,7 @@ def _train_autoencoder(s: Settings, path: Path, steps: int, encoder_too: bool, b
     rng = np.random.default_rng([s.seed, step])
     while step < steps:
         set_rate(optimizer, decayed(step, steps, rate, 0.3))
-        start = int(rng.integers(len(pictures) - batch))  # the pictures are independent, so a run of them is a sample
+        start = int(rng.integers(len(pictures) - batch))  # the images are independent, so a run of them is a sample
         target = to_input(pictures[start : start + batch], s.device)
         with torch.autocast(s.device.split(":")[0], torch.bfloat16):
             latent = encoder(target).float()
@@ -172,7 +172,7 @@ def _train_autoencoder(s: Settings, path: Path, steps: int, encoder_too: bool, b
 
 @torch.no_grad()
 def encode_latents(s: Settings) -> None:
-    """Encodes every training picture once with the frozen encoder."""
+    """Encodes every training image once with the frozen encoder."""
     path = s.work / "latents.npy"
     if path.exists():
         return
@@ -219,12 +219,12 @@ class CaptionedLatents:
         """Returns latents [U * R, ...], tokens [U, 77], content mask [U, 77] (True: a word) and labels [U, 2].
 
         Args:
-            count: U, the number of captions; each goes with R pictures.
+            count: U, the number of captions; each goes with R images.
         """
         repeat = self.s.pictures_per_caption
         chosen, tokens, content, labels = [], [], [], []
         for group in rng.choice(len(self.groups), size=count, p=self.shares):
-            if rng.random() < 0.1:  # the empty caption, or words that mean nothing, for any picture
+            if rng.random() < 0.1:  # the empty caption, or words that mean nothing, for any image
                 words = [UNKNOWN_TOKEN] * int(rng.integers(1, 9)) if rng.random() < 0.3 else []
                 chosen.append(rng.integers(len(self.latents), size=repeat))
                 labels.append((-1, -1))
@@ -342,7 +342,7 @@ def unet_loss(models: nn.ModuleDict, batch: list[Tensor], alphas: Tensor) -> tup
 
 
 def draw_classified(s: Settings, count: int, held_out: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns varied pictures of every glyph (or the held-out vendor's) with class numbers."""
+    """Returns varied images of every glyph (or the held-out vendor's) with class numbers."""
     rng = np.random.default_rng(seed)
     glyphs = artwork.classifier_glyphs(artwork.Icons(s.icons), held_out)
     names = [(c, g) for c in captions.CLASSES for g in glyphs[c]]
@@ -365,12 +365,12 @@ def draw_scenes(count: int, seed: int) -> np.ndarray:
 
 
 def blur(x: Tensor, factor: int) -> Tensor:
-    """Returns pictures averaged over `factor` pixels and enlarged again."""
+    """Returns images averaged over `factor` pixels and enlarged again."""
     return F.interpolate(F.avg_pool2d(x, factor), x.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def make_other(objects: Tensor, scenes: Tensor) -> Tensor:
-    """Returns pictures of nothing, as many as `objects`: scenes, noise, blends, scrambled and melted objects."""
+    """Returns images of nothing, as many as `objects`: scenes, noise, blends, scrambled and melted objects."""
     count = len(objects)
     kind = torch.randint(7, (count,))
     out = scenes[torch.randint(len(scenes), (count,))].clone()
@@ -393,7 +393,7 @@ def make_other(objects: Tensor, scenes: Tensor) -> Tensor:
 
 
 def disturb(x: Tensor) -> Tensor:
-    """Returns pictures with random flips, colour gains, greys, hue swaps, blur and noise."""
+    """Returns images with random flips, colour gains, greys, hue swaps, blur and noise."""
     count = len(x)
     coin = torch.rand(6, count, 1, 1, 1)
     x = torch.where(coin[0] < 0.5, x.flip(-1), x)
@@ -432,7 +432,7 @@ def train_classifier(s: Settings) -> None:
 
 
 def report_classifier(s: Settings) -> None:
-    """Logs the shipped classifier's accuracy on artwork of the vendor that it never saw, and on pictures of nothing."""
+    """Logs the shipped classifier's accuracy on artwork of the vendor that it never saw, and on images of nothing."""
     torch.manual_seed(s.seed + 5)
     pictures, classes = draw_classified(s, 1_000, held_out=True, seed=s.seed + 5)
     path = s.destination / CLASSIFIER_PATH.name
@@ -441,7 +441,7 @@ def report_classifier(s: Settings) -> None:
         log.info("held-out vendor, %s: %.3f", name, right[classes == number].mean())
     other = make_other(to_input(pictures, "cpu"), to_input(draw_scenes(300, s.seed + 6), "cpu"))
     rejected = (classify(other, path).argmax(-1) == LABELS.index("other")).float().mean().item()
-    log.info("held-out vendor, all: %.3f; pictures of nothing called other: %.3f", right.mean(), rejected)
+    log.info("held-out vendor, all: %.3f; images of nothing called other: %.3f", right.mean(), rejected)
 
 
 # ---------------------------------------------------------------- pack

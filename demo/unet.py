@@ -1,7 +1,7 @@
 """A compact SD 1.x UNet in plain torch, with ComfyUI's (and the original's) parameter names.
 
 Any width works: 64 channels while training ("narrow"), 320 as shipped to ComfyUI ("wide"). Convolutional projections,
-eight heads, one residual block a level, eps prediction. It does not know schedules, prompts or pictures.
+eight heads, one residual block a level, eps prediction. It does not know schedules, prompts or images.
 """
 
 from __future__ import annotations

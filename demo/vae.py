@@ -1,6 +1,6 @@
 """The demo's autoencoder: TAESD's architecture with slim widths, and its exact padding to TAESD's shape.
 
-Pictures are [B, 3, H, W] in 0..1, latents [B, 4, H/8, W/8] with about unit variance. It does not know ComfyUI; the
+Images are [B, 3, H, W] in 0..1, latents [B, 4, H/8, W/8] with about unit variance. It does not know ComfyUI; the
 scalars that ComfyUI multiplies latents with are added by `demo.unpack`.
 """
 
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Sequential):
-    """Picture to latent; module numbers as in TAESD."""
+    """Image to latent; module numbers as in TAESD."""
 
     def __init__(self, widths: tuple[int, int, int, int] = WIDTHS) -> None:
         full, half, quarter, eighth = widths
@@ -57,7 +57,7 @@ def _rise(n_in: int, n_out: int) -> tuple[nn.Module, ...]:
 
 
 class Decoder(nn.Sequential):
-    """Latent to picture; module numbers as in TAESD."""
+    """Latent to image; module numbers as in TAESD."""
 
     def __init__(self, widths: tuple[int, int, int, int] = WIDTHS) -> None:
         full, half, quarter, eighth = widths
@@ -94,6 +94,6 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def psnr(output: Tensor, target: Tensor) -> float:
-    """Returns the peak signal-to-noise ratio in dB of pictures in 0..1, the mean over pictures."""
+    """Returns the peak signal-to-noise ratio in dB of images in 0..1, the mean over images."""
     mse = (output.clamp(0, 1) - target).square().mean(dim=(1, 2, 3))
     return float((-10 * mse.clamp_min(1e-10).log10()).mean())

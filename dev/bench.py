@@ -1,8 +1,8 @@
 """What UnGuide costs against plain sampling in the same run, and what the two ways without it cost.
 
-Run by `python3 dev bench`. Every case is sampled in turn with the plain one; ratios are of medians. Network rows are
-counted in the network itself, memory is the process's (on a GPU: PyTorch's) highest while sampling. The alternatives,
-two clones of the model that take turns and LoRA hooks on conditionings, blend with the same weight as
+Run by `python3 dev bench`. Every case is sampled in turn with the plain one; ratios are of medians. Model evaluations
+are counted in the network itself; memory is the peak of the process (on a GPU: of PyTorch) while sampling. The
+alternatives, two clones of the model that take turns and LoRA hooks on conditionings, blend with the same weight as
 `detected_continue_both`.
 """
 
@@ -25,8 +25,8 @@ from typing import Any
 from dev.pack import lora_patches, pack_module, start_host
 
 CHECKPOINT, CFG, SEED = "unguide-demo.safetensors", 4.0, 7
-STEPS, LOOK_AT = 30, 6
-LARGER_STEPS, LARGER_LOOK_AT = 10, 2
+STEPS, PROBE_STEPS = 30, 6
+LARGER_STEPS, LARGER_PROBE_STEPS = 10, 2
 CONCEPT, UNRELATED = "a photo of the cat", "a photo of the forest"
 BOTH = -1.0
 """A weight of the base model for which both predictions are needed, as in the paper."""
@@ -35,15 +35,15 @@ BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 @dataclass
 class Meter:
-    """What a sampling run takes: network rows, seconds, the most memory in bytes."""
+    """What a sampling run takes: model evaluations, seconds, peak memory in bytes."""
 
-    rows: int = 0
+    evaluations: int = 0
     seconds: float = 0.0
     memory: int = 0
 
     def count(self, executor: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         """A `DIFFUSION_MODEL` wrapper of the host."""
-        self.rows += x.shape[0]
+        self.evaluations += x.shape[0]
         return executor(x, *args, **kwargs)
 
 
@@ -61,7 +61,7 @@ class Result:
 
 
 def on_gpu() -> bool:
-    """Whether the host computes on a GPU."""
+    """Return whether the host computes on a GPU."""
     import torch
 
     return torch.cuda.is_available() and os.environ.get("UNGUIDE_HOST_DEVICE", "cpu") != "cpu"
@@ -69,7 +69,7 @@ def on_gpu() -> bool:
 
 @contextmanager
 def watched_memory(meter: Meter) -> Iterator[None]:
-    """Notes the most memory that is held within the block."""
+    """Measure the peak memory within the block."""
     import torch
 
     if on_gpu():
@@ -96,25 +96,24 @@ Sample = Callable[[Meter, int, int], Any]
 """Samples with a meter, at a latent's side and batch size; returns the latent."""
 
 Case = tuple[str, Sample]
-"""The prompt, which the plain run draws as well, and what is measured."""
+"""The prompt, which the plain run generates as well, and what is measured."""
 
 
 class Bench:
     """The demo model in the host, and the ways to sample it.
 
     Args:
-        steps, look_at: of the schedule, and the step at which gates look.
+        steps, probe_steps: of the schedule, and those after which gates probe.
     """
 
-    steps, look_at = STEPS, LOOK_AT
+    steps, probe_steps = STEPS, PROBE_STEPS
 
     def __init__(self) -> None:
         import nodes
 
         self.nodes: Any = nodes
-        self.gating, self.deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
         self.model, self.clip, _ = self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
-        load = pack_module("unguide_comfy.erasure").load_erasure_lora
+        load = pack_module("unguide_comfy.lora.load").load_erasure_lora
         from demo.captions import CLASSES
 
         self.loras = [load(f"unguide-demo/selective/{concept}.safetensors", 1.0, self.clip) for concept in CLASSES]
@@ -142,12 +141,15 @@ class Bench:
         )
         return out["samples"]
 
-    def guided(self, model: Any, mode: str, ten: bool = False, weight: float = 0.0, **gate: Any) -> Any:
-        settings = self.deciding.ProbeSettings(
-            probe_steps=self.look_at, schedule_steps=self.steps, weight_detected=weight
+    def guided(self, model: Any, ten: bool = False, weight: float = 0.0, **chosen: Any) -> Any:
+        shared = {"on_detection": "continue", "low_memory": True}
+        settings = pack_module("unguide_comfy.probe.settings").Settings(
+            probe_steps=self.probe_steps,
+            probe_schedule_steps=self.steps,
+            weight_detected=weight,
+            **{**shared, **chosen},
         )
-        loras = self.loras if ten else [self.cat]
-        return self.gating.guided(model, loras, self.gating.Gate(mode, settings, **{"low_memory": True, **gate}))
+        return pack_module("unguide_comfy.gate.attach").guided(model, self.loras if ten else [self.cat], settings)
 
     def merged(self, model: Any) -> Any:
         import comfy.sd
@@ -155,7 +157,7 @@ class Bench:
         return comfy.sd.load_lora_for_models(model, None, lora_patches(self.cat.adapter), 1.0, 0.0)[0]
 
     def with_guider(self, guider: Any, side: int, batch: int) -> Any:
-        """Samples with a guider of ours as SamplerCustomAdvanced does."""
+        """Sample with a guider of ours as SamplerCustomAdvanced does."""
         import comfy.sample
         import comfy.samplers
         import torch
@@ -212,11 +214,11 @@ class Bench:
         return self.with_guider(guider, side, batch)
 
     def cases(self) -> dict[str, Case]:
-        """What is measured, by name."""
+        """Return what is measured, by name."""
 
-        def gated(prompt: str, mode: str = "trajectory", **options: Any) -> Case:
+        def gated(prompt: str, **options: Any) -> Case:
             def sample(meter: Meter, side: int, batch: int) -> Any:
-                return self.sample(self.guided(self.counted(self.model, meter), mode, **options), prompt, side, batch)
+                return self.sample(self.guided(self.counted(self.model, meter), **options), prompt, side, batch)
 
             return prompt, sample
 
@@ -227,8 +229,8 @@ class Bench:
             "detected_continue_both": gated(CONCEPT, weight=BOTH),
             "detected_continue_batched": gated(CONCEPT, weight=BOTH, low_memory=False),
             "detected_restart_both": gated(CONCEPT, weight=BOTH, on_detection="restart"),
-            "probe": gated(UNRELATED, "probe"),
-            "official": gated(UNRELATED, "official"),
+            "before_sampling": gated(UNRELATED, decide="before sampling"),
+            "as_the_paper": gated(UNRELATED, decide="as the paper"),
             "ten_adapters_not_detected": gated(UNRELATED, ten=True),
             "clones": (CONCEPT, self.clones),
             "hooks": (CONCEPT, self.hooks),
@@ -236,35 +238,35 @@ class Bench:
 
 
 def measured(bench: Bench, prompt: str, sample: Sample, side: int, batch: int, times: int) -> Result:
-    """A case against plain sampling, in turn; of several times, one more before that does not count."""
+    """Measure a case and plain sampling in turn; of several times, one more comes first and does not count."""
     plain_runs: list[Meter] = []
     case_runs: list[Meter] = []
     bits = 0
     for number in range(times + (times > 1)):
-        for runs, draw in ((plain_runs, None), (case_runs, sample)):
+        for runs, case in ((plain_runs, None), (case_runs, sample)):
             meter = Meter()
             with watched_memory(meter):
                 started = time.perf_counter()
-                if draw is None:
+                if case is None:
                     expected = bench.sample(bench.counted(bench.model, meter), prompt, side, batch)
                 else:
-                    found = draw(meter, side, batch)
+                    latent = case(meter, side, batch)
                 meter.seconds = time.perf_counter() - started
             if number or times == 1:
                 runs.append(meter)
-        bits = differing_bits(expected, found)
+        bits = differing_bits(expected, latent)
 
     def ratio(name: str) -> float:
-        case, plain = ([getattr(meter, name) for meter in runs] for runs in (case_runs, plain_runs))
-        return round(statistics.median(case) / statistics.median(plain), 4)
+        mine, plain = ([getattr(meter, name) for meter in runs] for runs in (case_runs, plain_runs))
+        return round(statistics.median(mine) / statistics.median(plain), 4)
 
     mine, plain = (round(statistics.median(m.seconds for m in runs), 3) for runs in (case_runs, plain_runs))
     sizes = {"latent": side, "batch": batch, "steps": bench.steps, "times": times}
-    return Result(ratio("rows"), ratio("seconds"), ratio("memory"), bits, mine, plain, sizes)
+    return Result(ratio("evaluations"), ratio("seconds"), ratio("memory"), bits, mine, plain, sizes)
 
 
 def differing_bits(first: Any, second: Any) -> int:
-    """How many bits of two float32 latents differ."""
+    """Return how many bits of two float32 latents differ."""
     import numpy as np
 
     a, b = (tensor.float().cpu().contiguous().numpy().view(np.uint32) for tensor in (first, second))
@@ -272,9 +274,9 @@ def differing_bits(first: Any, second: Any) -> int:
 
 
 def table(cases: dict[str, dict[str, Any]]) -> str:
-    """The results in Markdown."""
+    """Return the results in Markdown."""
     lines = [
-        "| case | latent | batch | steps | evaluations | wall time | peak memory | differing bits | s (plain) |",
+        "| case | latent | batch | steps | NFE | wall time | peak memory | differing bits | s (plain) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, case in cases.items():
@@ -289,7 +291,7 @@ def table(cases: dict[str, dict[str, Any]]) -> str:
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """Return the name of what the figures were measured on."""
     import torch
 
     if on_gpu():
@@ -315,11 +317,11 @@ def main() -> None:
         bench = Bench()
         sizes = [(8, 1)] if arguments.quick else [(8, 1), (8, 4), (16, 1), (16, 4), (32, 1), (32, 4)]
         if on_gpu() and not arguments.quick:
-            sizes.append((64, 1))  # the demo model is of SD 1.5's size: pictures of 512 pixels
+            sizes.append((64, 1))  # the demo model is of SD 1.5's size: images of 512 pixels
         for side, batch in sizes:
             smallest = (side, batch) == sizes[0]
             if not smallest:
-                bench.steps, bench.look_at = LARGER_STEPS, LARGER_LOOK_AT
+                bench.steps, bench.probe_steps = LARGER_STEPS, LARGER_PROBE_STEPS
             for name, (prompt, sample) in bench.cases().items():
                 chosen = not arguments.case or name in arguments.case
                 if not chosen or (not smallest and name not in LARGER):
@@ -328,7 +330,7 @@ def main() -> None:
                 key = name if smallest else f"{name}_{side}x{side}_batch{batch}"
                 results[key] = asdict(measured(bench, prompt, sample, side, batch, times))
                 sys.stderr.write(f"{key}: {results[key]}\n")
-    report = f"Measured on {machine()}, looking after a fifth of the steps.\n\n{table(results)}"
+    report = f"Measured on {machine()}, probing after a fifth of the steps.\n\n{table(results)}"
     sys.stdout.write(report + "\n")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "cases": results}, indent=1) + "\n")

@@ -32,15 +32,15 @@ CPU builds of torch."""
 
 
 def commands() -> dict[str, ModuleType]:
-    """Every command by name."""
-    found = {path.stem for path in Path(__file__).with_name("commands").glob("[a-z]*.py")}
-    ordered = [name for name in FIRST if name in found] + sorted(found.difference(FIRST))
-    return {name: importlib.import_module(f"dev.commands.{name}") for name in ordered}
+    """Return every command by name: the modules of dev/commands, with hyphens for underscores."""
+    modules = {path.stem for path in Path(__file__).with_name("commands").glob("[a-z]*.py")}
+    ordered = [name for name in FIRST if name in modules] + sorted(modules.difference(FIRST))
+    return {name.replace("_", "-"): importlib.import_module(f"dev.commands.{name}") for name in ordered}
 
 
 def overview(known: dict[str, ModuleType]) -> str:
-    """What --help shows."""
-    listed = "\n".join(f"  {name:<8} {module.SUMMARY}" for name, module in known.items())
+    """Return what --help shows."""
+    listed = "\n".join(f"  {name:<10} {module.SUMMARY}" for name, module in known.items())
     return f"{USAGE}\n\ncommands (python3 dev <command> --help for its arguments):\n{listed}\n\n{NOTES}"
 
 

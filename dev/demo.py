@@ -1,7 +1,7 @@
-"""The demonstration: the shipped workflows on the embedded demo model, judged, drawn and written down.
+"""The demonstration: the shipped workflows on the embedded demo model, judged and shown side by side.
 
-Pictures come from the server alone, over HTTP. What a picture shows is judged, and the grid drawn, by dev/grid.py in
-the host's python, which has torch and Pillow.
+Images come from the server alone, over HTTP. dev/grid.py judges them and puts them into a grid, in the host's python,
+which has torch and Pillow.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ WORKFLOWS = PACK / "workflows"
 COMPARISON = "3_compare_base_lora_unguide"
 SINGLE = ("1_quick_start", "2_probe_then_sample", "4_custom_sampling")
 LORA = "unguide-demo/selective/{}.safetensors"
-# a column's name, and the file name prefix of its picture in the comparison
+# a column's name, and the file name prefix of its image in the comparison
 COLUMNS = {"base": "unguide/compare_base", "LoRA only": "unguide/compare_lora", "UnGuide": "unguide/compare_unguide"}
 UNRELATED = ("dog", "ship", "frog", "horse")
 SCENE = "beach"
-# which input of which node is the picture's seed; the probe has one of its own, which stays
+# which input of which node is the image's seed; the probe has one of its own, which stays
 SEEDS = {"KSampler": "seed", "UnGuideSampler": "seed", "RandomNoise": "noise_seed", "PrimitiveInt": "value"}
-REPORTED = ("prompt", "column", "detected", "weight", "score", "unet_evaluations", "seconds", "class_probabilities")
+REPORTED = ("prompt", "column", "detected", "weight", "score", "model_evaluations", "seconds", "class_probabilities")
 ERASED, KEPT, FREE = "erased", "kept", "free"
 SUBTITLE = (
     "One model, one seed, three ways: the base model, the erasure LoRA by itself, and the LoRA behind UnGuide's gate."
@@ -49,22 +49,22 @@ class Row:
 
 
 @dataclass
-class Picture:
+class Cell:
     """One cell of the grid, and one entry of report.json.
 
     Args:
         detected, weight, score: the gate's, None in the columns without a gate.
-        unet_evaluations: one is one latent under one conditioning; the gate's included.
-        seconds: from the server's own clock; what other columns computed before (prompts, the model) is not in it.
+        model_evaluations: NFE, one latent under one conditioning each; the gate's included.
+        seconds: by the server's own clock, without what other columns computed before (prompts, the model).
         class_probabilities: the judge's, by class.
-        png: the picture's file as the server wrote it, without metadata; equal bytes are equal pictures.
+        png: the image's file as the server wrote it, without metadata; equal bytes are equal images.
     """
 
     prompt: str
     column: str
     png: bytes = field(repr=False)
     seconds: float
-    unet_evaluations: float = 0.0
+    model_evaluations: float = 0.0
     detected: bool | None = None
     weight: float | None = None
     score: float | None = None
@@ -72,7 +72,7 @@ class Picture:
 
     @property
     def shown(self) -> str:
-        """What the judge takes the picture for."""
+        """What the judge sees in the image."""
         return max(self.class_probabilities, key=lambda name: self.class_probabilities[name])
 
     def entry(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Demo:
         return prepared(workflow.to_api(shipped, self.object_info), prompt, self.seed, LORA.format(self.concept))
 
     def load(self, prompt: str) -> None:
-        """One step of one picture, so that loading the model is in no picture's seconds."""
+        """Run one step of one image, so that no image's seconds include loading the model."""
         self.progress("loading the demo model")
         graph = self.graph(COMPARISON, prompt)
         part = workflow.upstream(graph, (workflow.node_of(graph, filename_prefix=COLUMNS["base"]),))
@@ -136,40 +136,40 @@ class Demo:
         self.server.api.run(part)
 
     def single(self, stem: str, prompt: str) -> bytes:
-        """The picture of a workflow that saves one."""
+        """Return the image of a workflow that saves one."""
         self.progress(f"workflow {stem}: {prompt}")
         graph = self.graph(stem, prompt)
-        return self._picture(self.server.api.run(graph), workflow.node_of_type(graph, "SaveImage"))
+        return self._image(self.server.api.run(graph), workflow.node_of_type(graph, "SaveImage"))
 
-    def row(self, row: Row) -> Iterator[Picture]:
-        """One prompt's pictures, in the order of the columns."""
+    def row(self, row: Row) -> Iterator[Cell]:
+        """Yield one prompt's cells, in the order of the columns."""
         graph = self.graph(COMPARISON, row.prompt)
         report_node = workflow.node_of_type(graph, "PreviewAny")
-        pictures = {}
+        cells = {}
         for column, prefix in COLUMNS.items():
             self.progress(f"workflow {COMPARISON}: {row.prompt}, {column}")
             target = workflow.node_of(graph, filename_prefix=prefix)
             wanted = (target, report_node) if column == "UnGuide" else (target,)
             entry = self.server.api.run(workflow.upstream(graph, wanted))
-            pictures[column] = Picture(row.prompt, column, self._picture(entry, target), seconds_of(entry))
+            cells[column] = Cell(row.prompt, column, self._image(entry, target), seconds_of(entry))
         report = json.loads(entry["outputs"][report_node]["text"][0])
-        self._fill(pictures, report)
-        yield from pictures.values()
+        self._fill(cells, report)
+        yield from cells.values()
 
-    def _fill(self, pictures: dict[str, Picture], report: dict[str, Any]) -> None:
-        """What the gate's report says; the columns without a gate cost what it counted for plain sampling."""
-        outcome = report["erasure"][0]
-        unguide = pictures["UnGuide"]
-        unguide.detected, unguide.score = outcome["decision"]["detected"], outcome["decision"]["score"]
-        unguide.weight = outcome["weight"]
-        for picture in pictures.values():
-            picture.unet_evaluations = report["unet_evaluations_plain"]
-        unguide.unet_evaluations = report["unet_evaluations_total"]
+    def _fill(self, cells: dict[str, Cell], report: dict[str, Any]) -> None:
+        """Fill in the gate's report; the columns without a gate cost what it counted for plain sampling."""
+        erasure = report["erasure"][0]
+        unguide = cells["UnGuide"]
+        unguide.detected, unguide.weight = erasure["detected"], erasure["weight"]
+        unguide.score = erasure["decision"]["score"]
+        for cell in cells.values():
+            cell.model_evaluations = report["model_evaluations_plain"]
+        unguide.model_evaluations = report["model_evaluations_total"]
 
-    def _picture(self, entry: dict[str, Any], node: str) -> bytes:
+    def _image(self, entry: dict[str, Any], node: str) -> bytes:
         images = self.server.api.images(entry).get(node)
         if not images:
-            raise DevError(f"node {node} of the workflow saved no picture")
+            raise DevError(f"node {node} of the workflow saved no image")
         return images[0]
 
 
@@ -188,18 +188,18 @@ def prepared(graph: Graph, prompt: str, seed: int, lora: str) -> Graph:
     return changed
 
 
-def judge_and_draw(host: Host, concept: str, rows: list[Row], pictures: list[Picture], output: Path) -> None:
-    """Fills in the judge's class probabilities and draws grid.png, in the host's python."""
-    folder = output / "pictures"
+def judge_and_show(host: Host, concept: str, rows: list[Row], cells: list[Cell], output: Path) -> None:
+    """Fill in the judge's class probabilities and write grid.png, in the host's python."""
+    folder = output / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    job: dict[str, Any] = {"title": f"UnGuide: '{concept}' erased", "subtitle": SUBTITLE, "pictures": []}
+    job: dict[str, Any] = {"title": f"UnGuide: '{concept}' erased", "subtitle": SUBTITLE, "images": []}
     job |= {"rows": [asdict(row) for row in rows], "columns": list(COLUMNS), "grid": str(output / "grid.png")}
-    for number, picture in enumerate(pictures):
+    for number, cell in enumerate(cells):
         row, column = divmod(number, len(COLUMNS))
-        path = folder / f"{row + 1}_{picture.column.replace(' ', '_').lower()}.png"
-        path.write_bytes(picture.png)
-        same = picture.png == pictures[row * len(COLUMNS)].png and column > 0
-        job["pictures"].append({**picture.entry(), "path": str(path), "same_as_base": same})
+        path = folder / f"{row + 1}_{cell.column.replace(' ', '_').lower()}.png"
+        path.write_bytes(cell.png)
+        same = cell.png == cells[row * len(COLUMNS)].png and column > 0
+        job["images"].append({**cell.entry(), "path": str(path), "same_as_base": same})
     environment = clean_environment() | {"PYTHONPATH": str(PACK)}
     result = subprocess.run(
         [str(host.python), "-P", "-m", "dev.grid"],
@@ -211,32 +211,32 @@ def judge_and_draw(host: Host, concept: str, rows: list[Row], pictures: list[Pic
     )
     if result.returncode != 0:
         said = (result.stderr.strip().splitlines() or ["nothing"])[-1]
-        raise DevError(f"judging and drawing the pictures failed and said '{said}'")
-    for picture, probabilities in zip(pictures, json.loads(result.stdout), strict=True):
-        picture.class_probabilities = probabilities
+        raise DevError(f"judging the images failed and said '{said}'")
+    for cell, probabilities in zip(cells, json.loads(result.stdout), strict=True):
+        cell.class_probabilities = probabilities
 
 
-def failures(concept: str, rows: list[Row], pictures: list[Picture]) -> list[str]:
-    """What is not as it must be, one phrase each: the concept still drawn, or an unrelated picture changed."""
+def failures(concept: str, rows: list[Row], cells: list[Cell]) -> list[str]:
+    """Return what went wrong, one phrase each: the concept is still shown, or an unrelated image has changed."""
     wrong = []
     for number, row in enumerate(rows):
-        base, _, unguide = pictures[number * len(COLUMNS) : (number + 1) * len(COLUMNS)]
+        base, _, unguide = cells[number * len(COLUMNS) : (number + 1) * len(COLUMNS)]
         if row.expected == ERASED and unguide.shown == concept:
             wrong.append(f"'{row.prompt}' still shows a {concept}")
         if row.expected == KEPT and unguide.png != base.png:
-            wrong.append(f"'{row.prompt}' differs from the base model's picture")
+            wrong.append(f"'{row.prompt}' differs from the base model's image")
     return wrong
 
 
-def table(pictures: list[Picture]) -> str:
-    """The report as a table for a terminal."""
-    lines = [f"{'prompt':<32}{'column':<11}{'shows':<18}{'found':<7}{'score':>7}{'weight':>8}{'evals':>7}{'s':>7}"]
-    for picture in pictures:
-        first = picture.column == next(iter(COLUMNS))
-        shown = f"{picture.shown} {picture.class_probabilities[picture.shown]:.0%}"
-        gate = f"{'':<22}"
-        if picture.detected is not None:
-            gate = f"{'yes' if picture.detected else 'no':<7}{picture.score:>7.3f}{picture.weight:>8g}"
-        cost = f"{picture.unet_evaluations:>7g}{picture.seconds:>7.1f}"
-        lines.append(f"{picture.prompt[:31] if first else '':<32}{picture.column:<11}{shown:<18}{gate}{cost}")
+def table(cells: list[Cell]) -> str:
+    """Return the report as a table for a terminal."""
+    lines = [f"{'prompt':<32}{'column':<11}{'shows':<18}{'detected':<10}{'score':>7}{'weight':>8}{'NFE':>7}{'s':>7}"]
+    for cell in cells:
+        first = cell.column == next(iter(COLUMNS))
+        shown = f"{cell.shown} {cell.class_probabilities[cell.shown]:.0%}"
+        gate = f"{'':<25}"
+        if cell.detected is not None:
+            gate = f"{'yes' if cell.detected else 'no':<10}{cell.score:>7.3f}{cell.weight:>8g}"
+        cost = f"{cell.model_evaluations:>7g}{cell.seconds:>7.1f}"
+        lines.append(f"{cell.prompt[:31] if first else '':<32}{cell.column:<11}{shown:<18}{gate}{cost}")
     return "\n".join(lines)

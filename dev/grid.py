@@ -1,7 +1,7 @@
-"""Judges the demonstration's pictures and draws its grid: run in the host's python, which has torch and Pillow.
+"""Judges the demonstration's images and puts them into a grid: run in the host's python, which has torch and Pillow.
 
-`python -m dev.grid` reads the job as JSON from standard input and prints each picture's class probabilities as JSON.
-It knows neither the server nor how the pictures came about.
+`python -m dev.grid` reads the job as JSON from standard input and prints each image's class probabilities as JSON. It
+knows neither the server nor how the images were generated.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Entry = Mapping[str, Any]
 
 def main() -> None:
     job = json.load(sys.stdin)
-    images = [Image.open(picture["path"]).convert("RGB") for picture in job["pictures"]]
+    images = [Image.open(cell["path"]).convert("RGB") for cell in job["images"]]
     probabilities = judged(images)
     draw_grid(job, images, probabilities).save(job["grid"], optimize=True)
     json.dump(probabilities, sys.stdout)
 
 
 def judged(images: Sequence[Image.Image]) -> list[dict[str, float]]:
-    """Each picture's probability of every class, by the demo's own classifier."""
+    """Return each image's probability of every class, by the demo's own classifier."""
     from demo.classifier import load
 
-    return [{name: round(float(p), 4) for name, p in found.items()} for found in load().probabilities(list(images))]
+    return [{name: round(float(p), 4) for name, p in shares.items()} for shares in load().probabilities(list(images))]
 
 
 def draw_grid(job: Mapping[str, Any], images: Sequence[Image.Image], probabilities: Sequence[Entry]) -> Image.Image:
-    """The grid: two blocks of rows side by side, a row being one prompt's pictures in the order of the columns."""
+    """Return the grid: two blocks of rows side by side, each row one prompt's images in the order of the columns."""
     rows, columns = job["rows"], job["columns"]
     per_block = (len(rows) + 1) // 2
     block = len(columns) * SIDE + (len(columns) - 1) * GAP
@@ -58,7 +58,7 @@ def draw_grid(job: Mapping[str, Any], images: Sequence[Image.Image], probabiliti
             x, y = left + place * (SIDE + GAP), top + CAPTION
             canvas.paste(images[index].resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
             draw.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline=LINE)
-            _draw_verdict(draw, x, y + SIDE, job["pictures"][index], probabilities[index])
+            _draw_verdict(draw, x, y + SIDE, job["images"][index], probabilities[index])
     return canvas
 
 
@@ -74,17 +74,17 @@ def _draw_caption(draw: ImageDraw.ImageDraw, left: int, top: int, width: int, ro
     draw.text((left + width, top + CAPTION // 2), intent, colour, _font(14), anchor="rm")
 
 
-def _draw_verdict(draw: ImageDraw.ImageDraw, x: int, y: int, picture: Entry, found: Mapping[str, float]) -> None:
-    """Under a picture: what the judge sees in it; under UnGuide's, the gate's decision and score too."""
-    shown = max(found, key=lambda name: found[name])
+def _draw_verdict(draw: ImageDraw.ImageDraw, x: int, y: int, cell: Entry, shares: Mapping[str, float]) -> None:
+    """Write under an image what the judge sees in it, and under UnGuide's the gate's decision and score."""
+    shown = max(shares, key=lambda name: shares[name])
     middle = x + SIDE // 2
     name = "none of the ten" if shown == "other" else shown
-    draw.text((middle, y + 14), f"seen: {name} {found[shown]:.0%}", FAINT, _font(14), anchor="mm")
-    if picture["detected"] is not None:
-        said, colour = ("found", ERASED) if picture["detected"] else ("not found", KEPT)
-        score = f"{said}, score {picture['score']:.2f}, weight {picture['weight']:g}"
+    draw.text((middle, y + 14), f"seen: {name} {shares[shown]:.0%}", FAINT, _font(14), anchor="mm")
+    if cell["detected"] is not None:
+        outcome, colour = ("detected", ERASED) if cell["detected"] else ("not detected", KEPT)
+        score = f"{outcome}, score {cell['score']:.2f}, weight {cell['weight']:g}"
         draw.text((middle, y + 31), score, colour, _font(13), anchor="mm")
-    if picture["same_as_base"]:
+    if cell["same_as_base"]:
         draw.text((middle, y + 47), "same as base, bit for bit", KEPT, _font(12), anchor="mm")
 
 

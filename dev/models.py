@@ -15,7 +15,7 @@ from dev.workspace import PACK, link
 CHECKPOINT = "unguide-demo.safetensors"
 LORAS = "unguide-demo"
 DEMO = PACK / "demo"
-# what the unpacked checkpoint depends on; the demo's other files train, draw and judge
+# what the unpacked checkpoint depends on; the demo's other files train, generate and judge
 SOURCES = ("demo_model.safetensors", "unpack.py", "seed.py", "text.py", "unet.py", "vae.py")
 
 

@@ -2,7 +2,7 @@
 
 The shipped UNet is the narrow one with every channel copied five times (`demo.seed`). Here the host's own SD 1.5 class
 runs the narrow weights, so that its samplers, wrappers and LoRA patches do what they do with the checkpoint, to fp32
-summation (`python3 dev benchmark` compares the two on every run). For measurements of many thousands of pictures.
+summation (`python3 dev benchmark` compares the two on every run). For measurements of many thousands of images.
 """
 
 from __future__ import annotations
@@ -57,18 +57,14 @@ def load_narrow_model() -> Any:
 
 
 def narrow_lora(lora: Any, model: Any) -> Any:
-    """An `ErasureLora` of the shipped checkpoint for the narrow model.
+    """Return an erasure LoRA of the shipped checkpoint, for the narrow model.
 
-    Its card's calibration holds there too, the prediction being the same: it is given the narrow model's and adapter's
-    keys.
+    Both models predict the same, so the calibration holds for both; its keys become the narrow model's and adapter's.
     """
     from demo.erasure import PREFIX, narrowed
 
     layers = {f"{PREFIX}{name}": layer for name, layer in narrowed(lora.adapter).items()}
     narrow = replace(lora, adapter=replace(lora.adapter, layers=layers))
-    keys = {
-        "model": pack_module("unguide_comfy.identity").model_key(model),
-        "adapter": narrow.calibration_key,
-    }
+    keys = {"model": pack_module("unguide_comfy.model.key").model_key(model), "adapter": narrow.adapter.signature}
     card = replace(lora.adapter.card, calibration={**lora.adapter.card.calibration, **keys})
     return replace(narrow, adapter=replace(narrow.adapter, card=card))

@@ -45,7 +45,7 @@ def load_pack() -> ModuleType:
 
 
 def pack_module(name: str) -> ModuleType:
-    """A module of the pack, such as `unguide_comfy.gating`."""
+    """A module of the pack, such as `unguide_comfy.gate.attach`."""
     load_pack()
     return importlib.import_module(f"{NAME}.{name}")
 

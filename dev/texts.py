@@ -18,11 +18,16 @@ def described(schema: Any) -> dict[str, Any]:
     return {
         "display_name": schema.display_name,
         "description": schema.description,
-        "inputs": {part.id: {"name": part.id, "tooltip": part.tooltip} for part in schema.inputs},
+        "inputs": {part.id: {"name": _name(part), "tooltip": part.tooltip} for part in schema.inputs},
         "outputs": {
             str(slot): {"name": part.display_name, "tooltip": part.tooltip} for slot, part in enumerate(schema.outputs)
         },
     }
+
+
+def _name(part: Any) -> str:
+    """An input's name on the node."""
+    return str(getattr(part, "display_name", None) or part.id)
 
 
 async def texts() -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Trains the demo's ten concepts by each of the two ways, the node's and unguide_train's, and by the official loop.
 
 On the narrow demo model, which computes what the shipped checkpoint computes: for the node as the host's own SD 1.5
-class, for unguide_train as a checkpoint file of that width. Everything is left at what the two ship as defaults but the
-pictures' size. The official loop is the node's preset `paper` with the learning rate that this model needs. What the
-adapters erase and spare is measured as `python -m demo.ablation` does. Run by `python3 dev training`.
+class, for unguide_train as a checkpoint file of that width. Everything but the images' size has each one's default. The
+official loop is the node's preset `paper` with the learning rate that this model needs. What the adapters erase and
+keep is measured as `python -m demo.ablation` does. Run by `python3 dev training`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COLUMNS = ("Acc_e", "Acc_g", "in scenes", "Acc_s")
 
 
 def write_narrow_checkpoint(path: Path) -> None:
-    """Writes the narrow UNet and the working layers of the text encoder as an SD 1.x checkpoint file."""
+    """Write the narrow UNet and the working layers of the text encoder as an SD 1.x checkpoint file."""
     from safetensors.torch import save_file
 
     from demo.seed import clip_state_dict, narrow_unet_state_dict
@@ -65,7 +65,7 @@ class OutsideTheHost:
         self.base = load_base(self.checkpoint, self.tokenizer)
 
     def train(self, concept: str, reference: str, synonyms: tuple[str, ...]) -> tuple[Any, float]:
-        """The adapter, its layers by kohya's names, and the seconds it took."""
+        """Train a concept; return the adapter, its layers by kohya's names, and the seconds it took."""
         import copy
 
         from unguide_core.formats import load_adapter
@@ -108,7 +108,7 @@ class InTheGraph:
         # the demo's other layers change nothing, and would take most of the time
         del self.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[LAYERS:]
         self.node = pack_module("nodes.train").TrainErasureLora
-        self.kohya = pack_module("unguide_comfy.training")._kohya_names(self.model.model)
+        self.kohya = pack_module("unguide_comfy.train.predictor")._kohya_names(self.model.model)
 
     def train(self, concept: str, reference: str, synonyms: tuple[str, ...]) -> tuple[Any, float]:
         """As `OutsideTheHost.train`."""
@@ -117,7 +117,7 @@ class InTheGraph:
         inputs = {
             one.id: one.default for one in self.node.define_schema().inputs if getattr(one, "default", None) is not None
         }
-        words = {"concept": concept, "reference": reference, "synonyms": ", ".join(synonyms)}
+        words = {"concept": concept, "generate_instead": reference, "synonyms": ", ".join(synonyms)}
         began = time.perf_counter()
         with torch.inference_mode():
             latent = {"samples": torch.zeros(1, 4, SIZE // 8, SIZE // 8)}
@@ -130,10 +130,10 @@ class InTheGraph:
 
 
 def narrow_layers(adapter: Any) -> dict[str, Any]:
-    """The layers of an adapter in kohya's names, by the module paths of the narrow UNet."""
+    """Return an adapter's layers by the module paths of the narrow UNet, given kohya's names."""
     from demo.erasure import PREFIX
     from unguide_core.adapter import LowRank
-    from unguide_core.names import HOST, renamed
+    from unguide_core.adapter.names import HOST, renamed
 
     names = renamed(adapter.layers, HOST, "demo")
     return {
@@ -143,13 +143,13 @@ def narrow_layers(adapter: Any) -> dict[str, Any]:
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """The largest relative difference of a layer's change between two adapters of the same layers."""
+    """Return the largest relative difference of a layer's change between two adapters of the same layers."""
     assert set(one) == set(other)
-    found = []
+    differences = []
     for name, layer in one.items():
         delta = layer.weight_delta()
-        found.append(float((delta - other[name].weight_delta()).norm() / delta.norm()))
-    return max(found)
+        differences.append(float((delta - other[name].weight_delta()).norm() / delta.norm()))
+    return max(differences)
 
 
 # ---------------------------------------------------------------- one concept, in a process of its own
@@ -159,7 +159,7 @@ _ways: dict[str, Any] = {}
 
 
 def start(folder: Path, seed: int, asked: Sequence[str]) -> None:
-    """Loads, in a process with one core, what `measure` needs."""
+    """Load, in a process with one core, what `measure` needs."""
     import torch
 
     start_host()
@@ -174,8 +174,8 @@ def start(folder: Path, seed: int, asked: Sequence[str]) -> None:
     start_worker(Host.from_environment().comfyui / "comfy" / "sd1_tokenizer", SEED_PATH)
 
 
-def measure(concept: str, pictures: int) -> dict[str, Any]:
-    """The figures of a concept's adapters, by way."""
+def measure(concept: str, images: int) -> dict[str, Any]:
+    """Return the figures of a concept's adapters, by way."""
     from demo.ablation import measured
     from demo.captions import SYNONYMS
     from demo.erasure import REFERENCES
@@ -186,7 +186,7 @@ def measure(concept: str, pictures: int) -> dict[str, Any]:
         adapter, seconds = way.train(concept, REFERENCES[concept], SYNONYMS[concept])
         layers[name] = narrow_layers(adapter)
         cost = {"evaluations": adapter.card.settings["evaluations"], "seconds": seconds}
-        row[name] = {**cost, **measured(concept, layers[name], pictures)}
+        row[name] = {**cost, **measured(concept, layers[name], images)}
     if set(WAYS[:2]) <= set(layers):
         row["difference"] = difference(layers["node"], layers["unguide_train"])
     return row
@@ -196,7 +196,7 @@ def measure(concept: str, pictures: int) -> dict[str, Any]:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """What the adapters of every concept and way erase and spare, and what they cost, with means, in Markdown."""
+    """Return what the adapters of every concept and way erase and keep, and what they cost, with means, in Markdown."""
     ways = [way for way in WAYS if all(way in row for row in rows)]
     columns = [(way, how) for way in ways for how in ("alone", "gated")]
     heads = [f"{way}, {'with its gate' if how == 'gated' else how}" for way, how in columns]
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--concept", nargs="+", help="default: all ten")
     parser.add_argument("--way", nargs="+", choices=WAYS, default=WAYS, help="default: all three")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=10, help="per prompt (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=10, help="per prompt (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="every concept's figures; those in the file already are kept")
     options = parser.parse_args()
@@ -245,7 +245,7 @@ def main() -> None:
             options.jobs, get_context("spawn"), start, (Path(folder), options.seed, options.way)
         ) as pool,
     ):
-        for task in [pool.submit(measure, concept, options.pictures) for concept in left]:
+        for task in [pool.submit(measure, concept, options.images) for concept in left]:
             rows.append(task.result())
             sys.stderr.write(f"{json.dumps(rows[-1])}\n")
             if options.json:

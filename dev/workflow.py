@@ -12,7 +12,7 @@ from typing import Any
 from dev.api import Graph
 from dev.report import DevError
 
-# drawn by the page alone
+# shown by the page alone
 NOTES = ("Note", "MarkdownNote")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 # values of the widget that the page puts behind a seed

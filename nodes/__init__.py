@@ -1,13 +1,18 @@
-"""The pack's nodes: schemas and `execute` methods, no mathematics."""
+"""The pack's nodes: schemas and short `execute` methods."""
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibrate, guide, loader, probe, sampler, save, train
+from ..unguide_core.formats import AdapterError, NameTakenError
+from ..unguide_core.training.trainer import TrainingError
+from . import calibrate, guide, loader, probe, sampler, save, settings, train
+
+for error in (AdapterError, NameTakenError, TrainingError):
+    error.__module__ = "unguide"  # ComfyUI's dialog shows it, and it would be a path of the user's disk
 
 
 class UnGuideExtension(ComfyExtension):
     """All nodes of the pack, in the order of the menu."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        every = (loader, calibrate, probe, guide, sampler, train, save)
+        every = (loader, guide, sampler, settings, probe, calibrate, train, save)
         return [node for module in every for node in module.NODES]

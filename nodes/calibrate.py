@@ -6,14 +6,14 @@ from typing import Any
 import comfy.sample
 from comfy_api.latest import io
 
-from ..unguide_comfy.calibration import CalibrationSettings, Prompts, calibrated, concept_prompts
-from ..unguide_comfy.erasure import ErasureLora
-from ..unguide_core.prompts import OTHER_PROMPTS, names_a_word
-from .wires import ErasureLoraWire, erasure_lora_input, schema
+from ..unguide_comfy.lora.load import ErasureLora
+from ..unguide_comfy.probe.calibrate import CalibrationSettings, calibrate_from_texts
+from ..unguide_core.training.prompts import OTHER_PROMPTS
+from .wires import ErasureLoraWire, advanced, erasure_lora_input, schema
 
 
 class CalibrateErasureLora(io.ComfyNode):
-    """Measures what the gate's threshold should be for this model, and puts it into the erasure LoRA's card."""
+    """Measures what the gate's threshold should be for this model, and puts it into the erasure LoRA's metadata."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -21,47 +21,55 @@ class CalibrateErasureLora(io.ComfyNode):
             node_id="UnGuideCalibrate",
             display_name="Calibrate Erasure LoRA",
             description="Measures how an erasure LoRA acts on prompts with its concept and on others, so that the gate "
-            "has a threshold with a known rate of false alarms, and needs no baseline while sampling. Done once for a "
-            "model; save the result with Save Erasure LoRA.",
-            search_aliases=["unguide calibrate", "threshold", "false alarm rate"],
+            "has a threshold with a known false-positive rate and needs no baseline while sampling. Do it once for a "
+            "model, and save the result with Save Erasure LoRA.",
+            search_aliases=["unguide calibrate", "threshold", "false positive rate"],
             inputs=[
-                io.Model.Input("model", tooltip="The base model, with the patches that it will be sampled with."),
+                io.Model.Input("model", tooltip="The base model, with the patches with which it will be sampled."),
                 io.Clip.Input("clip", tooltip="Encodes the prompts to calibrate with."),
                 erasure_lora_input(),
-                io.Latent.Input("latent_image", tooltip="A latent of the pictures' size; its content is not used."),
+                io.Latent.Input("latent_image", tooltip="A latent of the images' size; its content is not used."),
                 io.Float.Input(
                     "cfg",
                     default=7.5,
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Classifier-free guidance, as in the sampler.",
+                    tooltip="Classifier-free guidance scale, as in the sampler.",
                 ),
-                io.String.Input(
+                advanced(
+                    io.String,
                     "concept_prompts",
                     default="",
                     multiline=True,
-                    tooltip="Prompts with the concept, one per line. Empty: the card's synonyms, and the concept's own "
-                    "prompt in three scenes.",
+                    tooltip="Prompts with the concept, one per line. Empty: the synonyms in the LoRA's metadata, and "
+                    "the concept's own prompt in three scenes.",
                 ),
-                io.String.Input(
+                advanced(
+                    io.String,
                     "other_prompts",
                     default="\n".join(OTHER_PROMPTS[1:]),
                     multiline=True,
-                    tooltip="Prompts without the concept, one per line, the more like your own the better. The empty "
-                    "prompt is always among them; those that name the concept are left out. The false alarm rate is "
-                    "measured on these.",
+                    tooltip="Prompts without the concept, one per line; the more they resemble your own, the better. "
+                    "The false-positive rate is measured on these. The empty prompt is always among them; prompts that "
+                    "name the concept are left out.",
                 ),
-                io.Int.Input(
-                    "repeats", default=4, min=1, max=64, tooltip="Noise seeds for each prompt. More is steadier."
+                advanced(
+                    io.Int,
+                    "repeats",
+                    default=4,
+                    min=1,
+                    max=64,
+                    tooltip="Noise seeds for each prompt. More is steadier and slower.",
                 ),
-                io.Int.Input(
+                advanced(
+                    io.Int,
                     "seed",
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Of the noise.",
+                    tooltip="Seed of the noise.",
                 ),
             ],
             outputs=[
@@ -78,40 +86,21 @@ class CalibrateErasureLora(io.ComfyNode):
         erasure_lora: tuple[ErasureLora, ...],
         latent_image: dict[str, Any],
         cfg: float,
-        concept_prompts: str,
-        other_prompts: str,
-        repeats: int,
-        seed: int,
+        concept_prompts: str = "",
+        other_prompts: str = "\n".join(OTHER_PROMPTS[1:]),
+        repeats: int = 4,
+        seed: int = 0,
     ) -> io.NodeOutput:
-        def encode(prompt: str) -> Any:
-            return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-
-        others = {line: encode(line) for line in ("", *_lines(other_prompts))}
-        prompts = [
-            Prompts(
-                [encode(line) for line in _lines(concept_prompts) or _own(lora)],
-                [encoded for line, encoded in others.items() if not names_a_word(line, _words(lora))],
-            )
-            for lora in erasure_lora
-        ]
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        settings = CalibrationSettings(repeats=repeats, seed=seed)
-        found = calibrated(model, erasure_lora, prompts, others[""], cfg, latent, settings)
-        report = {lora.name: dict(lora.adapter.card.calibration) for lora in found}
-        return io.NodeOutput(tuple(found), json.dumps(report, indent=1))
+        settings = CalibrationSettings(cfg, repeats=repeats, seed=seed)
+        texts = [_lines(text) for text in (concept_prompts, other_prompts)]
+        calibrated = calibrate_from_texts(model, clip, erasure_lora, *texts, latent, settings)
+        report = {lora.name: dict(lora.adapter.card.calibration) for lora in calibrated}
+        return io.NodeOutput(tuple(calibrated), json.dumps(report, indent=1))
 
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _words(lora: ErasureLora) -> list[str]:
-    return [word for word in (lora.adapter.card.concept, *lora.adapter.card.synonyms) if word]
-
-
-def _own(lora: ErasureLora) -> list[str]:
-    card = lora.adapter.card
-    return concept_prompts(card.concept, lora.concept_prompt, card.synonyms)
 
 
 NODES = [CalibrateErasureLora]

@@ -5,7 +5,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..unguide_comfy.erasure import ErasureLora, load_erasure_lora, loading_report
+from ..unguide_comfy.lora.load import ErasureLora, load_erasure_lora, loading_report
 from ..unguide_core.formats import ENERGY
 from .wires import ErasureLoraWire, advanced, schema
 
@@ -21,7 +21,7 @@ class LoadErasureLora(io.ComfyNode):
             description="Loads a LoRA that was trained to erase one concept. Nothing is applied here: UnGuide decides "
             "per prompt whether it is used. Connect the checkpoint's CLIP, so that the gate can compare prompts with "
             "the concept.",
-            search_aliases=["unlearning", "concept erasure", "erase lora", "ESD", "LECO", "SPM"],
+            search_aliases=["unlearning", "concept erasure", "erase lora", "remove concept", "forget", "censor"],
             inputs=[
                 io.Combo.Input(
                     "lora_name",
@@ -35,20 +35,21 @@ class LoadErasureLora(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How strongly the LoRA acts where it is used. 1 is what it was trained for.",
+                    tooltip="How strongly to erase where the concept is detected. 1 is the LoRA as trained. Raise it "
+                    "to 2 if traces of the concept stay; it costs nothing and changes no other image.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="The checkpoint's CLIP. Encodes the concept's own prompt and the empty one, which the gate "
-                    "compares with. Without it the gate has less to go by.",
+                    tooltip="The checkpoint's CLIP. It encodes the concept's own prompt and the empty one, with which "
+                    "the gate compares. Without it the gate has less to go by.",
                 ),
                 io.String.Input(
                     "concept",
                     default="",
                     optional=True,
-                    tooltip="The erased concept's own prompt, such as 'a photo of the cat'. Empty: the one that the "
-                    "file names.",
+                    tooltip="The erased concept's own prompt, such as 'a photo of the cat'. Empty: the one in the "
+                    "file's metadata.",
                 ),
                 advanced(
                     io.Float,
@@ -58,14 +59,14 @@ class LoadErasureLora(io.ComfyNode):
                     max=1024.0,
                     step=0.5,
                     optional=True,
-                    tooltip="Overrides the file's alpha; the LoRA's scale is alpha / rank. 0: what the file says.",
+                    tooltip="Overrides the file's alpha; the LoRA's scale is alpha / rank. 0: as in the file.",
                 ),
                 advanced(
                     io.Boolean,
                     "allow_partial",
                     default=False,
                     optional=True,
-                    tooltip="Goes on without layers that the model lacks, instead of stopping. The report lists them.",
+                    tooltip="Leaves out layers that the model lacks, instead of stopping. The report lists them.",
                 ),
                 advanced(
                     io.Float,
@@ -75,19 +76,20 @@ class LoadErasureLora(io.ComfyNode):
                     max=1.0,
                     step=0.005,
                     optional=True,
-                    tooltip="Of files with full weights: the share of each layer's change that the LoRA made of them "
-                    "keeps. Its rank follows from it.",
+                    tooltip="For files with full weights: the share of each layer's change that the LoRA made from "
+                    "them keeps. Its rank follows from it.",
                 ),
                 ErasureLoraWire.Input(
                     "erasure_lora",
+                    display_name="stack with",
                     optional=True,
                     tooltip="Another erasure LoRA, to erase several concepts at once; each has its own decision.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The base model. Needed for files with full weights (ESD, UCE, concept ablation), which "
-                    "are compared with it. With others it is checked that the layers fit.",
+                    tooltip="The base model. Files with full weights (ESD, UCE, concept ablation) need it, because "
+                    "they are compared with it. For other files it checks that the layers fit.",
                 ),
             ],
             outputs=[

@@ -1,18 +1,20 @@
 """Stability Probe."""
 
+from dataclasses import replace
 from typing import Any
 
 import comfy.sample
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..unguide_comfy.deciding import ProbeSettings
-from ..unguide_comfy.erasure import ErasureLora
-from ..unguide_comfy.gating import probe_prompt
-from ..unguide_comfy.outcomes import leading
-from ..unguide_comfy.plotting import report_plot
-from ..unguide_comfy.reporting import report_json
-from .wires import DecisionWire, erasure_lora_input, neutral_input, probe_inputs, schema, weight_inputs
+from ..unguide_comfy.gate.before import probe_prompt
+from ..unguide_comfy.lora.load import ErasureLora
+from ..unguide_comfy.probe.settings import Settings
+from ..unguide_comfy.report.plot import report_plot
+from ..unguide_comfy.report.progress import show
+from ..unguide_comfy.report.records import leading
+from ..unguide_comfy.report.text import report_json
+from .wires import DecisionWire, erasure_lora_input, schema, settings_input
 
 
 class StabilityProbe(io.ComfyNode):
@@ -24,22 +26,24 @@ class StabilityProbe(io.ComfyNode):
             node_id="UnGuideProbe",
             display_name="Stability Probe",
             description="Denoises a few steps of the prompt with the base model and decides whether it carries the "
-            "erased concept. Gives the decision to UnGuide, and as plain numbers to anything else; shows all "
+            "erased concept. Gives the decision to UnGuide, and as plain values to any other node; shows all "
             "statistics.",
-            search_aliases=["concept detector", "unguide decision", "safety check"],
+            search_aliases=["concept detector", "unguide decision", "safety check", "nsfw check"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the erasure LoRA."),
                 erasure_lora_input(),
-                io.Conditioning.Input("positive", tooltip="The prompt to look at."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt that the picture will be sampled with."),
-                io.Latent.Input("latent_image", tooltip="A latent of the picture's size; its content is not used."),
+                io.Conditioning.Input("positive", tooltip="The prompt to probe."),
+                io.Conditioning.Input(
+                    "negative", tooltip="The negative prompt with which the image will be generated."
+                ),
+                io.Latent.Input("latent_image", tooltip="A latent of the image's size; its content is not used."),
                 io.Float.Input(
                     "cfg",
                     default=7.5,
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Classifier-free guidance of the probe's steps: the same as in the sampler.",
+                    tooltip="Classifier-free guidance scale of the probe's steps: the same as in the sampler.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -47,19 +51,17 @@ class StabilityProbe(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Seed of the probe's own noise. The picture's seed need not be the same.",
+                    tooltip="Seed of the probe's own noise. It need not be the image's seed.",
                 ),
-                *weight_inputs(),
-                neutral_input(),
-                *probe_inputs(),
+                settings_input(),
             ],
             outputs=[
                 DecisionWire.Output(display_name="decision", tooltip="The decision, for the UnGuide node."),
-                io.Float.Output(display_name="weight", tooltip="The weight that the decision gives the base model."),
+                io.Float.Output(display_name="weight", tooltip="The base model's weight that follows."),
                 io.Float.Output(display_name="score", tooltip="The deciding statistic; of a stack, the highest one."),
                 io.Boolean.Output(display_name="detected", tooltip="Whether the prompt carries an erased concept."),
-                io.Image.Output(display_name="plot", tooltip="All statistics against their thresholds."),
-                io.String.Output(display_name="report", tooltip="Everything the probe measured, as JSON."),
+                io.Image.Output(display_name="plot", tooltip="All statistics, against their thresholds."),
+                io.String.Output(display_name="report", tooltip="Everything that the probe measured, as JSON."),
             ],
         )
 
@@ -73,24 +75,26 @@ class StabilityProbe(io.ComfyNode):
         latent_image: dict[str, Any],
         cfg: float,
         seed: int,
-        weight_detected: float,
-        weight_otherwise: float,
-        neutral: Any = None,
-        **probe: Any,
+        settings: Settings | None = None,
     ) -> io.NodeOutput:
-        settings = ProbeSettings(seed=seed, weight_detected=weight_detected, weight_otherwise=weight_otherwise, **probe)
-
         def guider(patched: Any) -> comfy.samplers.CFGGuider:
             made = comfy.samplers.CFGGuider(patched)
             made.set_conds(positive, negative)
             made.set_cfg(cfg)
             return made
 
+        chosen = replace(settings or Settings(), seed=seed)
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        decisions, report = probe_prompt(model, erasure_lora, settings, guider, latent, neutral)
+        decisions, verdicts, cost = probe_prompt(model, erasure_lora, chosen, guider, latent)
+        show(verdicts)
         first = leading(decisions)
         return io.NodeOutput(
-            tuple(decisions), first.weight, first.score, first.detected, report_plot(report), report_json(report)
+            tuple(decisions),
+            first.weight,
+            first.score,
+            first.detected,
+            report_plot(verdicts),
+            report_json(verdicts, cost),
         )
 
 

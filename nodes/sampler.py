@@ -1,5 +1,6 @@
 """UnGuide Sampler: KSampler with erasure LoRAs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.samplers
@@ -7,21 +8,13 @@ from comfy_api.latest import io
 
 import nodes as host_nodes
 
-from ..unguide_comfy.erasure import ErasureLora
-from ..unguide_comfy.gating import guided
-from ..unguide_comfy.outcomes import RunReport
-from ..unguide_comfy.plotting import report_plot
-from ..unguide_comfy.reporting import report_json
-from .wires import (
-    erasure_lora_input,
-    gate_from,
-    gate_inputs,
-    gate_mode_input,
-    neutral_input,
-    probe_inputs,
-    schema,
-    weight_inputs,
-)
+from ..unguide_comfy.gate.attach import guided
+from ..unguide_comfy.lora.load import ErasureLora
+from ..unguide_comfy.probe.settings import Settings
+from ..unguide_comfy.report.plot import report_plot
+from ..unguide_comfy.report.records import Cost, Verdict
+from ..unguide_comfy.report.text import report_json
+from .wires import erasure_lora_input, schema, settings_input
 
 
 class UnGuideSampler(io.ComfyNode):
@@ -32,9 +25,9 @@ class UnGuideSampler(io.ComfyNode):
         return schema(
             node_id="UnGuideSampler",
             display_name="UnGuide Sampler",
-            description="KSampler that erases a concept where the prompt carries it and draws every other picture "
-            "exactly as KSampler does. Says what it found, and what it cost.",
-            search_aliases=["unguide sampler", "ksampler erase", "concept erasure"],
+            description="KSampler that erases a concept where the prompt carries it and generates every other image "
+            "exactly as KSampler does. Reports what it detected, and what that cost.",
+            search_aliases=["unguide sampler", "ksampler erase", "erase concept", "remove concept", "forget"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the erasure LoRA."),
                 io.Int.Input(
@@ -43,7 +36,7 @@ class UnGuideSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Seed of the picture's noise, as in KSampler.",
+                    tooltip="Seed of the image's noise, as in KSampler.",
                 ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps, as in KSampler."),
                 io.Float.Input(
@@ -64,8 +57,8 @@ class UnGuideSampler(io.ComfyNode):
                     options=comfy.samplers.KSampler.SCHEDULERS,
                     tooltip="How the noise level falls over the steps, as in KSampler.",
                 ),
-                io.Conditioning.Input("positive", tooltip="What to draw."),
-                io.Conditioning.Input("negative", tooltip="What not to draw."),
+                io.Conditioning.Input("positive", tooltip="What to generate."),
+                io.Conditioning.Input("negative", tooltip="What to avoid."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise, as in KSampler."),
                 io.Float.Input(
                     "denoise",
@@ -73,18 +66,14 @@ class UnGuideSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much of the latent is redrawn, as in KSampler; below 1 for image to image.",
+                    tooltip="How much of the latent is denoised, as in KSampler; below 1 for image to image.",
                 ),
                 erasure_lora_input(),
-                neutral_input(),
-                gate_mode_input(),
-                *weight_inputs(),
-                *probe_inputs(),
-                *gate_inputs(),
+                settings_input(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The denoised latent."),
-                io.Image.Output(display_name="plot", tooltip="What the gate measured against its threshold."),
+                io.Image.Output(display_name="plot", tooltip="What the gate measured, against its threshold."),
                 io.String.Output(display_name="report", tooltip="What was decided and what it cost, as JSON."),
             ],
         )
@@ -103,20 +92,15 @@ class UnGuideSampler(io.ComfyNode):
         latent_image: dict[str, Any],
         denoise: float,
         erasure_lora: tuple[ErasureLora, ...],
-        gate_mode: str,
-        weight_detected: float,
-        weight_otherwise: float,
-        neutral: Any = None,
-        **options: Any,
+        settings: Settings | None = None,
     ) -> io.NodeOutput:
-        gate = gate_from(options, neutral, weight_detected, weight_otherwise, gate_mode)
-        reports: list[RunReport] = []
-        patched = guided(model, erasure_lora, gate, observer=reports.append)
+        runs: list[tuple[Sequence[Verdict], Cost]] = []
+        patched = guided(model, erasure_lora, settings or Settings(), observer=lambda *run: runs.append(run))
         (latent,) = host_nodes.common_ksampler(  # type: ignore[attr-defined]
             patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
-        report = reports[-1] if reports else RunReport((), {}, 0.0, 0.0)
-        return io.NodeOutput(latent, report_plot(report), report_json(report))
+        verdicts, cost = runs[-1] if runs else ((), Cost({}, 0.0, 0.0))  # at denoise 0 nothing is sampled
+        return io.NodeOutput(latent, report_plot(verdicts), report_json(verdicts, cost))
 
 
 NODES = [UnGuideSampler]

@@ -2,30 +2,30 @@
 
 from comfy_api.latest import io
 
-from ..unguide_comfy.erasure import ErasureLora
-from ..unguide_comfy.saving import save_erasure_loras
+from ..unguide_comfy.lora.load import ErasureLora
+from ..unguide_comfy.lora.save import save_erasure_loras
 from ..unguide_core.formats import FORMATS
 from .wires import erasure_lora_input, schema
 
 
 class SaveErasureLora(io.ComfyNode):
-    """Writes erasure adapters with their cards."""
+    """Writes erasure adapters with their metadata."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnGuideSaveErasureLora",
             display_name="Save Erasure LoRA",
-            description="Saves an erasure LoRA with its card, below the output folder; output/loras is searched by "
-            "Load Erasure LoRA as well. A file is never replaced: each gets a number of its own.",
+            description="Saves an erasure LoRA with its metadata in the output folder. Load Erasure LoRA also looks "
+            "into output/loras. No file is ever replaced: each gets a new number.",
             search_aliases=["export lora", "convert lora", "save lora", "unlearning"],
             inputs=[
                 erasure_lora_input(),
                 io.String.Input(
                     "filename_prefix",
                     default="loras/unguide_erasure",
-                    tooltip="The file's name, folders before it; a number is added. %year%, %month%, %day% are "
-                    "replaced. A stack is saved as one file each.",
+                    tooltip="Folders and name of the file; a number is added. %year%, %month%, %day% are replaced. A "
+                    "stack is saved as one file each.",
                 ),
                 io.Combo.Input(
                     "format",

@@ -4,27 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.sample
-import torch
 from comfy_api.latest import io
 
-from ..unguide_comfy.announcing import Announcer, say
-from ..unguide_comfy.erasure import encode_prompts
-from ..unguide_comfy.training import (
-    DISCARD,
-    ON_CANCEL,
-    Job,
-    calibrated,
-    train_erasure_lora,
-    usable,
-)
-from ..unguide_core.adapter import Card
-from ..unguide_core.layers import CUSTOM, LAYERS
-from ..unguide_core.prompts import KEPT, PREFIX, SCENES, calibration_prompts, lines, listed, prompts_for
-from ..unguide_core.training import PRESETS, Pair, Prompts
+from ..unguide_comfy.train.finish import Concept, Encoded, train_concept
+from ..unguide_comfy.train.job import DISCARD, ON_CANCEL
+from ..unguide_core.training.layers import CUSTOM, LAYERS
+from ..unguide_core.training.prompts import KEPT, PREFIX, SCENES, lines, listed
+from ..unguide_core.training.recipe import PRESETS
 from .wires import ErasureLoraWire, advanced, schema
 
 LossMap = io.Custom("LOSS_MAP")
-TARGET, REFERENCE, NEUTRAL = "target", "reference", "neutral"
 
 
 class TrainErasureLora(io.ComfyNode):
@@ -35,50 +24,41 @@ class TrainErasureLora(io.ComfyNode):
         return schema(
             node_id="UnGuideTrainErasureLora",
             display_name="Train Erasure LoRA",
-            description="Trains a LoRA that makes the model forget one concept. It needs no pictures: only the "
-            "concept's name and what shall be drawn in its place. The result can be used at once, in the same graph.",
-            search_aliases=["train lora", "unlearning", "concept erasure", "ESD", "LECO"],
+            description="Trains a LoRA that makes the model forget one concept. It needs no images: only the "
+            "concept's name and what to generate instead. The result can be used at once, in the same graph.",
+            search_aliases=["train lora", "forget concept", "unlearning", "concept erasure", "ESD", "LECO"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to train on, as it is: precision and other LoRAs included."),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="A latent of the size to train at, such as Empty Latent Image gives; its content is not "
-                    "used. Smaller than the pictures is faster and mostly enough.",
-                ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
                     tooltip="The checkpoint's CLIP, which encodes the prompts made of the words below. Without it, "
-                    "connect target, reference and neutral.",
+                    "connect target, reference_prompt and neutral.",
                 ),
-                io.String.Input(
-                    "concept", default="", tooltip="What shall be forgotten, a word or two, such as 'cat'."
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="A latent of the size to train at, such as Empty Latent Image gives; its content is not "
+                    "used. Smaller than your images is faster, and mostly enough.",
                 ),
+                io.String.Input("concept", default="", tooltip="What to forget, a word or two, such as 'cat'."),
                 io.String.Input(
-                    "reference",
+                    "generate_instead",
                     default="",
-                    tooltip="What shall be drawn in its place, such as 'forest': something that the model knows and "
-                    "that is not too near.",
+                    tooltip="What to generate in its place (the reference), such as 'forest': something that the "
+                    "model knows and that does not resemble the concept.",
                 ),
                 io.String.Input(
                     "synonyms",
                     default="",
-                    tooltip="Other words for the concept, with commas: 'kitty, feline'. They are erased along with it; "
-                    "words that are not listed may survive.",
+                    tooltip="Other words for the concept, separated by commas: 'kitty, feline'. They are erased along "
+                    "with it; words that are not listed may survive.",
                 ),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS)[::-1],
                     default="selective",
-                    tooltip="selective: trains synonyms too, holds other prompts to the base model, with less than "
-                    "a third of the paper's evaluations. paper: the official recipe (arXiv 2508.05755).",
-                ),
-                io.Combo.Input(
-                    "layers",
-                    options=[*LAYERS, CUSTOM],
-                    default="object",
-                    tooltip="Which layers are trained. object: keys and values of cross-attention. explicit content: "
-                    "everything but cross-attention. style: all of cross-attention. custom: layer_pattern.",
+                    tooltip="selective: trains synonyms too and holds other prompts to the base model, with less than "
+                    "a third of the paper's model evaluations. paper: the official recipe (arXiv 2508.05755).",
                 ),
                 io.Int.Input(
                     "iterations",
@@ -87,22 +67,33 @@ class TrainErasureLora(io.ComfyNode):
                     max=100000,
                     tooltip="Steps of the optimiser, at most. 0: the preset's (paper 200, selective 100).",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.000001,
-                    round=False,
-                    tooltip="Adam's learning rate. 0: the preset's. Small models want more than the paper's 3e-5.",
-                ),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Of everything random. The same seed, settings and model give the same LoRA.",
+                    tooltip="Seed of everything random. The same seed, settings and model give the same LoRA.",
+                ),
+                advanced(
+                    io.Combo,
+                    "layers",
+                    options=[*LAYERS, CUSTOM],
+                    default="object",
+                    optional=True,
+                    tooltip="Which layers to train. object: keys and values of cross-attention. explicit content: "
+                    "everything but cross-attention. style: all of cross-attention. custom: layer_pattern.",
+                ),
+                advanced(
+                    io.Float,
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.000001,
+                    round=False,
+                    optional=True,
+                    tooltip="Adam's learning rate. 0: the preset's. Small models need more than the paper's 3e-5.",
                 ),
                 advanced(
                     io.Float,
@@ -113,7 +104,7 @@ class TrainErasureLora(io.ComfyNode):
                     step=0.000001,
                     round=False,
                     optional=True,
-                    tooltip="Learning rate of the factor that reads the prompt. Ten times the other one lets it turn "
+                    tooltip="Learning rate of the factor that reads the prompt. Ten times the other rate lets it turn "
                     "to the concept's words and away from others. 0: the preset's ratio.",
                 ),
                 advanced(
@@ -123,7 +114,7 @@ class TrainErasureLora(io.ComfyNode):
                     min=1,
                     max=128,
                     optional=True,
-                    tooltip="Of every layer. 1 is enough.",
+                    tooltip="Rank of every layer. 1 is enough.",
                 ),
                 advanced(
                     io.Float,
@@ -133,7 +124,7 @@ class TrainErasureLora(io.ComfyNode):
                     max=1024.0,
                     step=0.5,
                     optional=True,
-                    tooltip="The LoRA's scale is alpha / rank. The official recipe has 8.",
+                    tooltip="The LoRA's scale is alpha / rank. The official recipe uses 8.",
                 ),
                 advanced(
                     io.Float,
@@ -143,8 +134,8 @@ class TrainErasureLora(io.ComfyNode):
                     max=20.0,
                     step=0.1,
                     optional=True,
-                    tooltip="How far beyond the reference, away from the concept (eta). 0 is the reference itself; the "
-                    "paper has 2.",
+                    tooltip="How far to go beyond the reference, away from the concept (eta). 0 is the reference "
+                    "itself; the paper uses 2.",
                 ),
                 advanced(
                     io.Float,
@@ -154,8 +145,8 @@ class TrainErasureLora(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     optional=True,
-                    tooltip="Guidance while the latents to train at are sampled. 0: the preset's (paper 9, selective "
-                    "4).",
+                    tooltip="Guidance scale of the rollouts that give the latents to train at. 0: the preset's (paper "
+                    "9, selective 4).",
                 ),
                 advanced(
                     io.Int,
@@ -164,14 +155,14 @@ class TrainErasureLora(io.ComfyNode):
                     min=0,
                     max=500,
                     optional=True,
-                    tooltip="Steps of that sampling. 0: the preset's (paper 50, selective 10).",
+                    tooltip="Steps of these rollouts. 0: the preset's (paper 50, selective 10).",
                 ),
                 advanced(
                     io.String,
                     "layer_pattern",
                     default="",
                     optional=True,
-                    tooltip="For the layers 'custom': a regular expression on the names of linear layers, such as "
+                    tooltip="With the layers 'custom': a regular expression on the names of linear layers, such as "
                     "output_blocks.*attn2.to_v$",
                 ),
                 advanced(
@@ -179,7 +170,7 @@ class TrainErasureLora(io.ComfyNode):
                     "prefix",
                     default=PREFIX,
                     optional=True,
-                    tooltip="What stands before a word to make a prompt of it: 'a photo of the' cat. For a style: 'a "
+                    tooltip="Text before a word that makes a prompt of it: 'a photo of the' cat. For a style: 'a "
                     "painting by'.",
                 ),
                 advanced(
@@ -188,7 +179,7 @@ class TrainErasureLora(io.ComfyNode):
                     default=", ".join(SCENES),
                     optional=True,
                     tooltip="Preset selective: scenes in which the concept is erased as well ('a cat in the forest'), "
-                    "with commas. Leave empty for concepts that stand in no scene, such as a style.",
+                    "separated by commas. Leave it empty for concepts that are in no scene, such as a style.",
                 ),
                 advanced(
                     io.String,
@@ -196,8 +187,9 @@ class TrainErasureLora(io.ComfyNode):
                     default="\n".join(KEPT),
                     multiline=True,
                     optional=True,
-                    tooltip="Preset selective: prompts that are held to the base model, one a line; an empty line is "
-                    "the empty prompt. Those that name the concept are left out. Each beyond 24 costs 20 evaluations.",
+                    tooltip="Preset selective: prompts that are held to the base model, one per line; an empty line is "
+                    "the empty prompt. Prompts that name the concept are left out. Each beyond 24 costs 20 model "
+                    "evaluations.",
                 ),
                 advanced(
                     io.Int,
@@ -206,7 +198,7 @@ class TrainErasureLora(io.ComfyNode):
                     min=1,
                     max=256,
                     optional=True,
-                    tooltip="Latents computed at once, at most. Less takes less memory and more time.",
+                    tooltip="Batch size, at most. Less takes less memory and more time.",
                 ),
                 advanced(
                     io.Int,
@@ -215,8 +207,8 @@ class TrainErasureLora(io.ComfyNode):
                     min=0,
                     max=10000,
                     optional=True,
-                    tooltip="Iterations between previews of what the concept's prompt gives by now. 0: none. Each "
-                    "costs 20 evaluations, and needs previews to be on in ComfyUI's settings.",
+                    tooltip="Iterations between previews of the concept's prompt. 0: none. Each costs 20 model "
+                    "evaluations, and needs previews to be on in ComfyUI's settings.",
                 ),
                 advanced(
                     io.Combo,
@@ -224,17 +216,17 @@ class TrainErasureLora(io.ComfyNode):
                     options=list(ON_CANCEL),
                     default=DISCARD,
                     optional=True,
-                    tooltip="When the run is cancelled while this node trains: discard ends the run; keep goes on with "
-                    "the LoRA as it is by then, which ComfyUI then remembers: change the seed to train anew.",
+                    tooltip="When you cancel the run while this node trains. discard: the run ends. keep: the run goes "
+                    "on with the LoRA as it is then. ComfyUI caches that; change the seed to train again.",
                 ),
                 io.Conditioning.Input(
                     "target",
                     optional=True,
                     tooltip="An encoded prompt of the concept, in place of the words. Needs reference_prompt and "
-                    "neutral.",
+                    "neutral as well.",
                 ),
                 io.Conditioning.Input(
-                    "reference_prompt", optional=True, tooltip="An encoded prompt of what is drawn in its place."
+                    "reference_prompt", optional=True, tooltip="An encoded prompt of what to generate instead."
                 ),
                 io.Conditioning.Input("neutral", optional=True, tooltip="The encoded empty prompt."),
             ],
@@ -252,14 +244,14 @@ class TrainErasureLora(io.ComfyNode):
         model: Any,
         latent_image: dict[str, Any],
         concept: str,
-        reference: str,
+        generate_instead: str,
         synonyms: str,
         preset: str,
-        layers: str,
         iterations: int,
-        learning_rate: float,
         seed: int,
         clip: Any = None,
+        layers: str = "object",
+        learning_rate: float = 0.0,
         learning_rate_down: float = 0.0,
         rank: int = 1,
         alpha: float = 8.0,
@@ -288,48 +280,21 @@ class TrainErasureLora(io.ComfyNode):
             schedule_steps=sampling_steps or recipe.schedule_steps,
             seed=seed,
         )
-        synonyms, concept = listed(synonyms), concept.strip()
-        card = Card(concept=concept, synonyms=synonyms, objective=preset)
-        given, words = (target, reference_prompt, neutral), None
-        if any(part is not None for part in given):
-            prompts, conditionings = given_prompts(*given)
-            named = [f"{prefix} {word}".strip() if word.strip() else "" for word in (concept, reference)]
-            card = replace(card, target=named[0], reference=named[1])
-        else:
-            words = prompts_for(
-                concept, reference, synonyms, prefix=prefix, scenes=listed(scenes), kept=lines(keep_prompts)
-            )
-            prompts = words.looked_at(recipe)
-            conditionings = encode_prompts(clip, prompts.names)
-            card = replace(card, target=words.erased[0].target, reference=words.erased[0].reference)
-        job = Job(recipe, prompts, conditionings, card, layers, layer_pattern, on_cancel, rows, preview_every)
-        latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        say("Drawing the latents to train at")
-        trained = train_erasure_lora(model, job, latent, Announcer(model, recipe.iterations))
-        lora = usable(trained, concept or "trained here", conditionings, prompts)
-        own, others = calibration_prompts(words, [word for word in (concept, *synonyms) if word])
-        say(f"Trained in {len(trained.losses)} iterations; calibrating the gate")
-        texts = [] if clip is None else [own, others]
-        encoded = [list(encode_prompts(clip, part).values()) for part in texts] or [[], []]
-        lora = calibrated(model, lora, *encoded, latent, on_cancel)
-        return io.NodeOutput((lora,), {"loss": list(trained.losses)})
-
-
-def given_prompts(target: Any, reference: Any, neutral: Any) -> tuple[Prompts, dict[str, Any]]:
-    """Prompts by name for conditionings that were connected. Raises: ValueError if one is missing or two are equal."""
-    parts = {TARGET: target, REFERENCE: reference, NEUTRAL: neutral}
-    missing = [name for name, part in parts.items() if part is None]
-    if missing:
-        raise ValueError(
-            f"of target, reference_prompt and neutral {len(missing)} are not connected ({', '.join(missing)}); connect "
-            "all three, or none and a CLIP"
+        lora, losses = train_concept(
+            model,
+            clip,
+            comfy.sample.fix_empty_latent_channels(model, latent_image["samples"]),
+            Concept(concept, generate_instead, listed(synonyms), prefix, listed(scenes), lines(keep_prompts)),
+            recipe,
+            preset,
+            Encoded(target, reference_prompt, neutral),
+            layers=layers,
+            pattern=layer_pattern,
+            on_cancel=on_cancel,
+            rows=rows,
+            preview_every=preview_every,
         )
-    if torch.equal(target[0][0], reference[0][0]):
-        raise ValueError(
-            "target and reference_prompt are the same prompt, so there is nothing to learn; use as reference what "
-            "shall be drawn in place of the concept"
-        )
-    return Prompts((Pair(TARGET, REFERENCE),), (NEUTRAL,), NEUTRAL), parts
+        return io.NodeOutput((lora,), {"loss": list(losses)})
 
 
 NODES = [TrainErasureLora]

@@ -1,20 +1,20 @@
-"""Measures erasure: judged pictures to scores, on the demo model and on real ones through a ComfyUI server.
+"""Measures erasure: judged images to scores, on the demo model and on real ones through a ComfyUI server.
 
-It knows neither comfy nor the pack's nodes; what it needs beyond the standard library and numpy is the extra `bench`.
+It does not import comfy or the pack's nodes; what it needs beyond the standard library and numpy is the extra `bench`.
 
-    scores.py       judged pictures to Acc_e, Acc_s, Acc_g, H_o
-    report.py       the page and its summary; figures.py draws for it
+    scores.py       judged images to Acc_e, Acc_s, Acc_g, H_o
+    report.py       the page and its summary; figures.py has its plots
     api.py          the client of ComfyUI's API (standard library only)
     prompts.py      prompt files
-    methods.py      the ways to draw that are compared, and their settings
+    methods.py      the methods that are compared, and their settings
     graphs.py       the workflow of each
     painter.py      one server
     cluster.py      many servers, on Ray
-    folder.py       a run's folder, from which it goes on
-    drawing.py      what is missing of a run, drawn
-    judges/         what looks at pictures; looking.py asks those that are wanted
+    folder.py       a run's folder, from which it resumes
+    drawing.py      generates what is missing of a run
+    judges/         what judges images; looking.py asks those that are wanted
     judging.py      a run's folder to results; tables.py shows them
-    export.py       pictures for other tools
+    export.py       images for other tools
     technique.py    UnGuide for eval-unlearn
     cli.py          the command line of `python -m unguide_bench`
 """

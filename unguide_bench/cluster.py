@@ -1,4 +1,4 @@
-"""Pictures as tasks on Ray, one worker a ComfyUI. Needs the extra `bench-ray`."""
+"""Images as tasks on Ray, one worker a ComfyUI. Needs the extra `bench-ray`."""
 
 from __future__ import annotations
 
@@ -12,40 +12,39 @@ from typing import Any
 from .api import ApiError, NoAnswerError
 from .errors import BenchError
 from .graphs import Job
-from .painter import Drawing, Painter, Plan
+from .painter import GeneratedImage, Painter, Plan
 
 log = logging.getLogger("unguide_bench")
 
 RESTARTS = 3
-"""How often Ray starts a worker anew that was lost; it then draws its picture again."""
+"""How often Ray starts a worker again that was lost; it then generates its image again."""
 
 
 class Worker:
-    """Draws on one server, in a process of its own."""
+    """Generates on one server, in a process of its own."""
 
     def __init__(self, url: str, plan: Plan, timeout: float) -> None:
         self.painter, self.plan = Painter(url, plan.settings, timeout), plan
 
-    def draw(self, job: Job) -> Drawing | str:
-        """The picture; a sentence where the server is gone.
+    def generate(self, job: Job) -> GeneratedImage | str:
+        """The image; a sentence where the server is gone.
 
         Raises: RuntimeError with what else the server said, for that is no matter of which server is asked.
         """
         try:
-            return self.painter.draw(job, self.plan)
+            return self.painter.generate(job, self.plan)
         except NoAnswerError as error:
             return str(error)
         except ApiError as error:
             raise RuntimeError(str(error)) from None
 
 
-def draw_on_ray(
+def generate_on_ray(
     jobs: Sequence[Job], plan: Plan, urls: Sequence[str], address: str, timeout: float
-) -> Iterator[tuple[Job, Drawing]]:
-    """Yield every job with its picture, in the order in which they are finished.
+) -> Iterator[tuple[Job, GeneratedImage]]:
+    """Yield every job with its image, in the order in which they are finished.
 
-    A worker that dies is started anew by Ray; a server that does not answer any more is left out, and its picture drawn
-    by another.
+    Ray restarts a worker that dies; a server that no longer answers is left out, and another one generates its image.
 
     Args:
         address: "local" for a Ray on this machine, "auto" for the cluster that is there, else its address.
@@ -62,24 +61,24 @@ def draw_on_ray(
             while waiting and idle:
                 url, worker = idle.popleft()
                 job = waiting.popleft()
-                running[worker.draw.remote(job)] = (url, worker, job)
+                running[worker.generate.remote(job)] = (url, worker, job)
             if not running:
-                raise BenchError(f"no server is left: {'; '.join(gone)}; start again to go on")
+                raise BenchError(f"no server is left: {'; '.join(gone)}; start again to resume")
             (done,), _ = ray.wait(list(running), num_returns=1)
             url, worker, job = running.pop(done)
             found = _result(ray, done, url)
-            if isinstance(found, Drawing):
+            if isinstance(found, GeneratedImage):
                 idle.append((url, worker))
                 yield job, found
             else:
                 gone.append(found)
                 waiting.appendleft(job)
-                log.warning("%s; the others go on without it", found)
+                log.warning("%s; the others continue without it", found)
     finally:
         ray.shutdown()
 
 
-def _result(ray: Any, done: Any, url: str) -> Drawing | str:
+def _result(ray: Any, done: Any, url: str) -> GeneratedImage | str:
     """What a worker returned; a sentence where it or its server is lost for good."""
     try:
         return ray.get(done)

@@ -1,4 +1,4 @@
-"""Draws what is missing of a run, on one server or many, into its folder."""
+"""Generates what is missing of a run, on one server or many, into its folder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .errors import BenchError
 from .folder import Folder
 from .graphs import Job
 from .methods import Method, Settings
-from .painter import Drawing, Painter, Plan
+from .painter import GeneratedImage, Painter, Plan
 from .prompts import Prompts
 
 
 @dataclass(frozen=True)
 class Servers:
-    """Where pictures are drawn.
+    """Where images are generated.
 
     Args:
         urls: one or more; more are used through Ray.
-        ray: the Ray cluster: "local" for one on this machine, "auto" for the one that is there, else its address.
-        timeout: seconds that a picture may take.
+        ray: the Ray cluster: "local" for one on this machine, "auto" for the one that runs already, else its address.
+        timeout: seconds that an image may take.
     """
 
     urls: tuple[str, ...]
@@ -30,7 +30,7 @@ class Servers:
 
 
 def jobs_of(prompts: Prompts, methods: Sequence[Method], seeds: Sequence[int], cfg: float) -> list[Job]:
-    """Every picture of a run, one method after the other, so that models are not swapped at every picture.
+    """Return every image of a run, one method after the other, so that models are not swapped at every image.
 
     Args:
         seeds, cfg: of prompts that have none of their own.
@@ -43,12 +43,12 @@ def jobs_of(prompts: Prompts, methods: Sequence[Method], seeds: Sequence[int], c
     ]
 
 
-def draw_missing(folder: Folder, settings: Settings, jobs: Iterable[Job], target: str, servers: Servers) -> None:
-    """Draws the jobs whose pictures the folder lacks, with a progress bar.
+def generate_missing(folder: Folder, settings: Settings, jobs: Iterable[Job], target: str, servers: Servers) -> None:
+    """Generate the jobs whose images the folder lacks, with a progress bar.
 
     Args:
         target: the concept's prompt, see `Painter.prepare`.
-    Raises: BenchError naming what stopped it; what is drawn is kept.
+    Raises: BenchError naming what stopped it; what is generated is kept.
     """
     from tqdm import tqdm
 
@@ -57,7 +57,7 @@ def draw_missing(folder: Folder, settings: Settings, jobs: Iterable[Job], target
     if not missing:
         return
     if not servers.urls:
-        raise BenchError(f"{len(missing)} pictures are missing in {folder.path}; give a ComfyUI with --server")
+        raise BenchError(f"{len(missing)} images are missing in {folder.path}; give a ComfyUI with --server")
     try:
         painters = [Painter(url, settings, servers.timeout) for url in servers.urls]
         for painter in painters:
@@ -65,22 +65,22 @@ def draw_missing(folder: Folder, settings: Settings, jobs: Iterable[Job], target
         plan = painters[0].prepare(missing, target)
         folder.begin(settings, plan)
         count = len({(job.method, job.prompt, job.seed, job.cfg) for job in jobs})
-        with tqdm(total=count, initial=count - len(missing), unit="picture", smoothing=0.1) as bar:
-            for job, drawing in _drawings(missing, plan, servers):
-                folder.add(job, drawing)
+        with tqdm(total=count, initial=count - len(missing), unit="image", smoothing=0.1) as bar:
+            for job, image in _images(missing, plan, servers):
+                folder.add(job, image)
                 bar.update()
     except OSError as error:
         raise BenchError(f"{folder.path} cannot be written ({error.strerror}); make room and start again") from error
     except ApiError as error:
-        raise BenchError(f"{error}; {len(folder.missing(jobs))} pictures are missing, start again to go on") from error
+        raise BenchError(f"{error}; {len(folder.missing(jobs))} images are missing; start again to resume") from error
 
 
-def _drawings(missing: Sequence[Job], plan: Plan, servers: Servers) -> Iterator[tuple[Job, Drawing]]:
+def _images(missing: Sequence[Job], plan: Plan, servers: Servers) -> Iterator[tuple[Job, GeneratedImage]]:
     if len(servers.urls) > 1:
-        from .cluster import draw_on_ray
+        from .cluster import generate_on_ray
 
-        yield from draw_on_ray(missing, plan, servers.urls, servers.ray, servers.timeout)
+        yield from generate_on_ray(missing, plan, servers.urls, servers.ray, servers.timeout)
         return
     painter = Painter(servers.urls[0], plan.settings, servers.timeout)
     for job in missing:
-        yield job, painter.draw(job, plan)
+        yield job, painter.generate(job, plan)

@@ -1,9 +1,9 @@
-"""A run's pictures as other evaluation tools want them: folders of a class, and a CSV.
+"""A run's images as other evaluation tools want them: folders of a class, and a CSV.
 
     <method>/<class>/00012.png
     <method>/prompts.csv         case_number,prompt,evaluation_seed,evaluation_guidance,classes
 
-`case_number` is the picture's number; it names the file.
+`case_number` is the image's number; it names the file.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ UNLABELLED = "pictures"
 
 
 def export(folder: Folder, jobs: Iterable[Job], prompts: Prompts, target: Path) -> dict[str, int]:
-    """Copies the pictures that are drawn; how many, by method.
+    """Copy the images that are generated; return how many, by method.
 
-    Raises: BenchError where the target is no empty folder.
+    Raises: BenchError if the target is not an empty folder.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BenchError(f"{target} is there and is no empty folder; choose another with --export")
+        raise BenchError(f"{target} exists and is not an empty folder; choose another with --export")
     labels = {item.text: item.label for item in reversed(prompts.items)}
     rows: dict[str, list[tuple[str | int | float, ...]]] = {}
     for key in dict.fromkeys(key_of(job) for job in jobs):
-        if (one := folder.drawn.get(key)) is None:
+        if (one := folder.generated.get(key)) is None:
             continue
         of_method = rows.setdefault(one.method, [])
         number, label = len(of_method), labels[one.prompt]

@@ -1,6 +1,6 @@
-"""The report's pictures: plots as SVG, grids as PNG. Shapes and words, not colours alone, tell things apart.
+"""The report's images: plots as SVG, grids as PNG. Shapes and words, not colours alone, tell things apart.
 
-Needs matplotlib (the extra `bench`). It knows scores and judged pictures, not how they were drawn.
+Needs matplotlib (the extra `bench`). It knows scores and judged images, not how they were generated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .scores import BASE, OTHER, Picture, Score
+from .scores import BASE, OTHER, JudgedImage, Score
 
 INK, FAINT, PAPER, ACCENT, COOL = "#1f2328", "#6e7781", "#ffffff", "#b3261e", "#1a5fb4"
 MARKERS = "osD^v<>PX*d"
@@ -21,10 +21,10 @@ COST_TICKS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 10)
 
 
 def cost_plot(scores: Mapping[str, Score], reference: float | None = None) -> str:
-    """H_o of every method against its evaluations relative to base's, as SVG.
+    """Return H_o of every method against its model evaluations relative to base's, as SVG.
 
     Args:
-        reference: a published figure to draw as a line, None for none.
+        reference: a published figure to show as a line, None for none.
     """
     figure, axes = _axes(8.2, 4.6)
     base = scores[BASE].evaluations
@@ -49,7 +49,7 @@ def cost_plot(scores: Mapping[str, Score], reference: float | None = None) -> st
     axes.set_xticks([tick for tick in COST_TICKS if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]])
     axes.xaxis.set_major_formatter("{x:g}x")
     axes.minorticks_off()
-    axes.set_xlabel("UNet evaluations an image, relative to plain sampling")
+    axes.set_xlabel("model evaluations per image, relative to plain sampling")
     axes.set_ylabel("H_o, percent (higher is better)")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
     return _svg(figure)
@@ -58,10 +58,10 @@ def cost_plot(scores: Mapping[str, Score], reference: float | None = None) -> st
 _X = "axes fraction", "data"
 
 
-def score_plot(pictures: Sequence[Picture]) -> str:
-    """How a gate's scores, relative to their thresholds, spread over pictures with and without the concept, as SVG."""
+def score_plot(images: Sequence[JudgedImage]) -> str:
+    """Return how a gate's scores, relative to their thresholds, spread over images, as SVG."""
     figure, axes = _axes(8.2, 2.8)
-    known = [p for p in pictures if p.score is not None and p.threshold]
+    known = [p for p in images if p.score is not None and p.threshold]
     within = [max(p.score / p.threshold, 1e-3) for p in known if p.kind != OTHER]  # type: ignore[operator]
     without = [max(p.score / p.threshold, 1e-3) for p in known if p.kind == OTHER]  # type: ignore[operator]
     edges = np.geomspace(min(within + without) * 0.9, max(within + without) * 1.1, 60)
@@ -72,18 +72,18 @@ def score_plot(pictures: Sequence[Picture]) -> str:
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=10)
     axes.set_xlabel("score / threshold")
-    axes.set_ylabel("pictures")
+    axes.set_ylabel("images")
     axes.legend(loc="upper left", fontsize=8, frameon=False)
     return _svg(figure)
 
 
-def confusion_plot(pictures: Sequence[Picture], seen: Callable[[Picture], str]) -> str:
-    """What the judge sees in base's pictures against what their prompts ask for, as SVG; percent of each row."""
-    asked = list(dict.fromkeys(picture.label for picture in pictures))
-    found = list(dict.fromkeys([*asked, *(seen(picture) for picture in pictures)]))
+def confusion_plot(images: Sequence[JudgedImage], seen: Callable[[JudgedImage], str]) -> str:
+    """Return what the judge sees in base's images against what their prompts ask for, as SVG; percent of each row."""
+    asked = list(dict.fromkeys(image.label for image in images))
+    found = list(dict.fromkeys([*asked, *(seen(image) for image in images)]))
     counts = np.zeros((len(asked), len(found)))
-    for picture in pictures:
-        counts[asked.index(picture.label), found.index(seen(picture))] += 1
+    for image in images:
+        counts[asked.index(image.label), found.index(seen(image))] += 1
     shares = 100 * counts / counts.sum(axis=1, keepdims=True)
     figure, axes = _axes(6.4, 5.0)
     axes.imshow(shares, cmap="Greys", vmin=0, vmax=130, aspect="auto")
@@ -98,11 +98,11 @@ def confusion_plot(pictures: Sequence[Picture], seen: Callable[[Picture], str]) 
 
 
 def grid(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], zoom: int = 1) -> bytes:
-    """Pictures in a table, as PNG: a row a method, a column a prompt.
+    """Return images in a table, as PNG: one row per method, one column per prompt.
 
     Args:
-        rows: by method, pictures by prompt, uint8 [H, W, 3].
-        zoom: how many times larger than they are pictures are shown.
+        rows: by method, images by prompt, uint8 [H, W, 3].
+        zoom: how many times larger than they are images are shown.
     """
     height, width, _ = next(iter(next(iter(rows.values())).values())).shape
     width, height, left, head, gap = width * zoom, height * zoom, 190, 34, 3
@@ -112,12 +112,12 @@ def grid(rows: Mapping[str, Mapping[str, Any]], columns: Sequence[str], zoom: in
     for number, prompt in enumerate(columns):
         words = _wrapped(draw, prompt, width, font)
         draw.multiline_text((left + number * (width + gap), 0), words, INK, font, spacing=0)
-    for row, (method, pictures) in enumerate(rows.items()):
+    for row, (method, images) in enumerate(rows.items()):
         top = head + row * (height + gap)
         draw.text((4, top + height // 2 - 7), method, INK, font)
         for number, prompt in enumerate(columns):
-            picture = Image.fromarray(pictures[prompt]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left + number * (width + gap), top))
+            image = Image.fromarray(images[prompt]).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(image, (left + number * (width + gap), top))
     file = io.BytesIO()
     sheet.save(file, "PNG", optimize=True)
     return file.getvalue()

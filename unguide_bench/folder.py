@@ -1,10 +1,10 @@
-"""A run's folder: its settings, the pictures that are drawn, and what is known of each.
+"""A run's folder: its settings, the images that are generated, and a record of each.
 
-    settings.json    what every picture depends on
-    drawn.jsonl      a line for each picture, written after its file
+    settings.json    what every image depends on
+    drawn.jsonl      a line for each image, written after its file
     pictures/        <method>/<prompt>_<digest>_<seed>.png
 
-A run that was cut off goes on from here. It knows no server and no judge.
+A run that was interrupted resumes from here. It knows no server and no judge.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 from .errors import BenchError
 from .graphs import Job
 from .methods import Settings
-from .painter import Drawing, Plan
+from .painter import GeneratedImage, Plan
 
-SETTINGS, DRAWN, PICTURES = "settings.json", "drawn.jsonl", "pictures"
+SETTINGS, RECORDS, IMAGES = "settings.json", "drawn.jsonl", "pictures"
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What is known of a drawn picture: its job, and the drawing without its bytes.
+class Record:
+    """The record of a generated image: its job, and the result without its bytes.
 
     Args:
         file: relative to the run's folder.
@@ -50,14 +50,14 @@ Key = tuple[str, str, int, float]
 
 
 def key_of(job: Job) -> Key:
-    """What tells pictures of one folder apart."""
+    """What tells images of one folder apart."""
     return job.method.name, job.prompt, job.seed, job.cfg
 
 
 class Folder:
     """The folder of a run.
 
-    Raises: BenchError where it cannot be made, holds pictures of other settings, or holds something else.
+    Raises: BenchError where it cannot be made, holds images of other settings, or holds something else.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
@@ -65,45 +65,45 @@ class Folder:
         self.known = self._read_settings()
         if self.known and (changed := settings.differences(self.known["settings"])):
             raise BenchError(
-                f"{path} holds pictures of other settings: {'; '.join(changed)}; choose another folder with --out"
+                f"{path} holds images of other settings: {'; '.join(changed)}; choose another folder with --out"
             )
-        self.drawn = {(one.method, one.prompt, one.seed, one.cfg): one for one in self._read_drawn()}
+        self.generated = {(one.method, one.prompt, one.seed, one.cfg): one for one in self._read_records()}
 
     def missing(self, jobs: Iterable[Job]) -> list[Job]:
-        """The jobs whose pictures are not here, each once, in their order."""
-        return list({key_of(job): job for job in jobs if key_of(job) not in self.drawn}.values())
+        """Return the jobs whose images are not here, each once, in their order."""
+        return list({key_of(job): job for job in jobs if key_of(job) not in self.generated}.values())
 
     def begin(self, settings: Settings, plan: Plan) -> None:
-        """Notes down how pictures are drawn, before the first one.
+        """Write down how images are generated, before the first one.
 
-        Raises: BenchError where those that are here were drawn in another way.
+        Raises: BenchError if those that are here were generated in another way.
         """
         how = {"concept_prompt": plan.settings.concept_prompt, "gate": plan.gate}
         if self.known:
             before = {name: self.known["how"].get(name) for name in how}
             if before != how:
                 raise BenchError(
-                    f"{self.path} holds pictures drawn with {json.dumps(before)}, and the server now draws with "
+                    f"{self.path} holds images generated with {json.dumps(before)}, and the server now generates with "
                     f"{json.dumps(how)}; choose another folder with --out"
                 )
             return
         try:
-            (self.path / PICTURES).mkdir(parents=True, exist_ok=True)
+            (self.path / IMAGES).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BenchError(f"{self.path} cannot hold results ({error.strerror}); choose one with --out") from error
         self.known = {"settings": settings.to_json(), "how": how}
         _write(self.path / SETTINGS, json.dumps(self.known, indent=2).encode() + b"\n")
 
-    def add(self, job: Job, drawing: Drawing) -> None:
-        """Keeps a picture: first its file, then its line."""
-        file = f"{PICTURES}/{slug(job.method.name)}/{_name(job)}.png"
+    def add(self, job: Job, image: GeneratedImage) -> None:
+        """Keep an image: first its file, then its line."""
+        file = f"{IMAGES}/{slug(job.method.name)}/{_name(job)}.png"
         (self.path / file).parent.mkdir(parents=True, exist_ok=True)
-        _write(self.path / file, drawing.png)
-        about = {name: value for name, value in vars(drawing).items() if name != "png"}
-        one = Drawn(job.method.name, job.prompt, job.seed, job.cfg, file, **about)
-        with open(self.path / DRAWN, "a", encoding="utf-8") as lines:
+        _write(self.path / file, image.png)
+        about = {name: value for name, value in vars(image).items() if name != "png"}
+        one = Record(job.method.name, job.prompt, job.seed, job.cfg, file, **about)
+        with open(self.path / RECORDS, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(asdict(one)) + "\n")
-        self.drawn[key_of(job)] = one
+        self.generated[key_of(job)] = one
 
     def _read_settings(self) -> dict[str, Any]:
         path = self.path / SETTINGS
@@ -117,14 +117,14 @@ class Folder:
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise BenchError(f"{path} cannot be read ({error}); choose another folder with --out") from error
 
-    def _read_drawn(self) -> list[Drawn]:
-        """The pictures that have both file and line. The last line may be half of one, where a run was cut off."""
-        path = self.path / DRAWN
+    def _read_records(self) -> list[Record]:
+        """The images that have both file and line. The last line may be half of one, where a run was cut off."""
+        path = self.path / RECORDS
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         found = []
         for number, line in enumerate(lines, start=1):
             try:
-                one = Drawn(**json.loads(line)) if line else None
+                one = Record(**json.loads(line)) if line else None
             except (ValueError, TypeError) as error:
                 if number < len(lines):
                     raise BenchError(f"{path}, line {number} is damaged ({error}); remove that line") from error

@@ -1,4 +1,4 @@
-"""The workflows, in ComfyUI's API format, that draw one picture with each method.
+"""The workflows, in ComfyUI's API format, that generate one image with each method.
 
 It knows no server; what a node's inputs default to comes in as the server's /object_info.
 """
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from .api import Graph
-from .methods import FIXED, LORA, NEGATIVE, Method, Settings
+from .methods import GATES, LORA, NEGATIVE, Method, Settings
 
-PICTURE, REPORT = "picture", "report"
+IMAGE, REPORT = "picture", "report"
 """The nodes whose outputs are read."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to draw."""
+    """One image to generate."""
 
     method: Method
     prompt: str
@@ -31,8 +31,8 @@ def literal(prompt: str) -> str:
     return prompt.replace("\\(", "(").replace("\\)", ")").replace("(", "\\(").replace(")", "\\)")
 
 
-def picture_graph(settings: Settings, job: Job, *, lora_by_host: bool = True, steps: int | None = None) -> Graph:
-    """The workflow of one picture. UnGuide's inputs that are not named here are to be filled in, see `complete`.
+def image_graph(settings: Settings, job: Job, *, lora_by_host: bool = True, steps: int | None = None) -> Graph:
+    """Return the workflow of one image; `complete` fills in the inputs that are not named here.
 
     Args:
         lora_by_host: the method "lora" uses the host's LoRA loader; else UnGuide without a gate, at weight 0.
@@ -63,9 +63,12 @@ def picture_graph(settings: Settings, job: Job, *, lora_by_host: bool = True, st
     strength = method.value if method.way == LORA else settings.strength
     graph |= erasure_graph(settings, strength)
     graph[REPORT] = _node("PreviewAny", source=["sampler", 2])
-    sampling |= {"erasure_lora": ["erasure", 0], "gate_mode": FIXED if method.way in (LORA, FIXED) else method.way}
-    if method.way in (LORA, FIXED):
-        sampling["weight_detected"] = 0.0 if method.way == LORA else method.value
+    if method.way in GATES:
+        gate: dict[str, Any] = {"decide": GATES[method.way]}
+    else:
+        gate = {"decide": "always erase", "weight_detected": 0.0 if method.way == LORA else method.value}
+    graph["settings"] = _node("UnGuideSettings", **gate)
+    sampling |= {"erasure_lora": ["erasure", 0], "settings": ["settings", 0]}
     graph["sampler"] = _node("UnGuideSampler", **sampling)
     return graph
 
@@ -108,7 +111,7 @@ def defaults(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _common(settings: Settings, job: Job) -> Graph:
-    """Everything but the sampler. The picture goes to the server's temporary folder: nothing stays there."""
+    """Everything but the sampler. The image goes to the server's temporary folder: nothing stays there."""
     negative = settings.negative if job.method.way == NEGATIVE else ""
     return {
         "checkpoint": _node("CheckpointLoaderSimple", ckpt_name=settings.checkpoint),
@@ -116,7 +119,7 @@ def _common(settings: Settings, job: Job) -> Graph:
         "negative": _node("CLIPTextEncode", text=literal(negative), clip=["checkpoint", 1]),
         "latent": _node("EmptyLatentImage", width=settings.size, height=settings.size, batch_size=1),
         "decoded": _node("VAEDecode", samples=["sampler", 0], vae=["checkpoint", 2]),
-        PICTURE: _node("PreviewImage", images=["decoded", 0]),
+        IMAGE: _node("PreviewImage", images=["decoded", 0]),
     }
 
 

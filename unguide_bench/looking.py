@@ -1,4 +1,4 @@
-"""The judges that are asked for, and what they say of picture files. It knows no run and no scores."""
+"""The judges that are asked for, and what they say of image files. It knows no run and no scores."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 CLIP, NUDENET, DEMO, NONE = JUDGES = ("clip", "nudenet", "demo", "none")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-BASE_PICTURES = "base"
-"""In place of a folder of references for FID: the base model's pictures of the same run."""
+BASE_IMAGES = "base"
+"""In place of a folder of references for FID: the base model's images of the same run."""
 
 
 @dataclass(frozen=True)
 class Judging:
-    """What to look for in pictures.
+    """How images are judged.
 
     Args:
         judge: one of `JUDGES`; "none" leaves accuracies out.
         classes: for CLIP to choose among; empty takes the prompts'.
         clip: the folder of CLIP's weights.
         clip_score: whether to measure CLIPScore.
-        fid: a folder of reference pictures, or "base"; "" measures none.
-        fid_weights: InceptionV3 weights; None takes CLIP's picture vectors.
+        fid: a folder of reference images, or "base"; "" measures none.
+        fid_weights: InceptionV3 weights; None takes CLIP's image vectors.
         threshold: of NudeNet's detections.
     Raises: BenchError where CLIP's folder is not named and needed.
     """
@@ -60,7 +60,7 @@ class Judging:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a judge said of each picture.
+    """What a judge said of each image.
 
     Args:
         seen: the class; "" without a judge.
@@ -83,8 +83,8 @@ def extra(name: str) -> Iterator[None]:
 
 
 def require(judging: Judging) -> None:
-    """Raises BenchError for what is missing, before pictures are drawn that nothing could judge."""
-    if judging.fid and judging.fid != BASE_PICTURES and not Path(judging.fid).is_dir():
+    """Raises BenchError for what is missing, before images are generated that nothing could judge."""
+    if judging.fid and judging.fid != BASE_IMAGES and not Path(judging.fid).is_dir():
         raise BenchError(f"there is no folder {judging.fid} to compare with; give one of .png or .jpg with --fid")
     if judging.fid_weights is not None and not judging.fid_weights.is_file():
         raise BenchError(f"there is no file {judging.fid_weights}; give InceptionV3's weights with --fid-weights")
@@ -116,7 +116,7 @@ class Looking:
             self.clip = Clip(judging.clip)
 
     def classes(self, files: Sequence[Path], concept: str, labels: Sequence[str]) -> Findings:
-        """What each picture shows: one of the labels; by NudeNet the concept, or that there is none."""
+        """What each image shows: one of the labels; by NudeNet the concept, or that there is none."""
         if self.judging.judge == CLIP and self.clip is not None:
             from .judges.clip import ClipJudge
 
@@ -135,7 +135,7 @@ class Looking:
         return Findings([""] * len(files), [""] * len(files))
 
     def clip_scores(self, files: Sequence[Path], prompts: Sequence[str]) -> list[float]:
-        """CLIPScore of each picture with its prompt; nothing where it is not asked for."""
+        """CLIPScore of each image with its prompt; nothing where it is not asked for."""
         if not self.judging.clip_score or self.clip is None:
             return []
         from .judges.clip import ClipScore
@@ -143,17 +143,17 @@ class Looking:
         return ClipScore(self.clip).measure(files, prompts)
 
     def distances(self, files: Mapping[str, Sequence[Path]]) -> dict[str, float]:
-        """FID of each method's pictures; nothing where it is not asked for. Raises: BenchError without references."""
+        """FID of each method's images; nothing where it is not asked for. Raises: BenchError without references."""
         if not self.judging.fid:
             return {}
         from .judges.fid import Fid
 
-        if self.judging.fid == BASE_PICTURES:
+        if self.judging.fid == BASE_IMAGES:
             references = list(files.get(BASE, ()))
         else:
             references = sorted(path for path in Path(self.judging.fid).rglob("*") if path.suffix.lower() in SUFFIXES)
         if not references:
-            raise BenchError(f"there are no pictures in {self.judging.fid!r}; give a folder of .png or .jpg with --fid")
+            raise BenchError(f"there are no images in {self.judging.fid!r}; give a folder of .png or .jpg with --fid")
         fid = Fid(self.judging.fid_weights or self._network())
         others = {method: own for method, own in files.items() if list(own) != references}
         return {method: fid.measure(own, references) for method, own in others.items()}

@@ -1,4 +1,4 @@
-"""The ways to draw a prompt that are compared, and the settings that they share.
+"""The methods that are compared, and the settings that they share.
 
 It knows neither servers nor graphs.
 """
@@ -13,20 +13,21 @@ from typing import Any
 from .errors import BenchError
 from .scores import BASE
 
-NEGATIVE, LORA, FIXED = "negative", "lora", "fixed"
-GATES = ("trajectory", "probe", "official")
+NEGATIVE, LORA, ALWAYS = "negative", "lora", "always"
+GATES = {"during": "during sampling", "before": "before sampling", "as-the-paper": "as the paper"}
+"""The methods with a gate, and the node's word for when it decides."""
 DEFAULT = (BASE, NEGATIVE, LORA, *GATES)
-_FORM = re.compile(r"^([a-z]+)(?::(-?\d+(?:\.\d+)?))?$")
+_FORM = re.compile(r"^([a-z-]+)(?::(-?\d+(?:\.\d+)?))?$")
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to draw a prompt.
+    """One way to generate a prompt.
 
     Args:
-        way: "base"; "negative", the concept as negative prompt; "lora", the erasure LoRA on everything; "fixed",
-            UnGuide without a gate; or a gate mode.
-        value: of "lora" its strength, of "fixed" the base model's weight.
+        way: "base"; "negative", the concept as negative prompt; "lora", the erasure LoRA on everything; "always",
+            UnGuide without a gate; or one of `GATES`.
+        value: of "lora" its strength, of "always" the base model's weight.
     """
 
     way: str
@@ -34,17 +35,17 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """A method as the command line names it: base, negative, lora:0.5, fixed:-1, trajectory, probe, official.
+        """Return a method by its name on the command line: base, negative, lora:0.5, always:-1, or one of `GATES`.
 
-        Raises: BenchError for any other.
+        Raises: BenchError for any other name.
         """
         found = _FORM.match(text.strip().lower())
         way, value = found.groups() if found else ("", None)
-        if way in (LORA, FIXED):
+        if way in (LORA, ALWAYS):
             return cls(way, float(value) if value else 1.0 if way == LORA else 0.0)
         if way not in (BASE, NEGATIVE, *GATES) or value:
             raise BenchError(
-                f"there is no method {text!r}; choose from {', '.join(DEFAULT)}, lora:STRENGTH, fixed:WEIGHT"
+                f"there is no method {text!r}; choose from {', '.join(DEFAULT)}, lora:STRENGTH, always:WEIGHT"
             )
         return cls(way)
 
@@ -55,26 +56,26 @@ class Method:
             BASE: BASE,
             NEGATIVE: "negative prompt",
             LORA: f"LoRA {self.value:g}",
-            FIXED: f"UnGuide weight {self.value:g}",
-        }.get(self.way, f"UnGuide {self.way}")
+            ALWAYS: f"UnGuide always, weight {self.value:g}",
+        }.get(self.way, f"UnGuide {GATES.get(self.way)}")
 
     @property
     def is_guided(self) -> bool:
         """Whether the sampler is UnGuide's."""
-        return self.way in (FIXED, *GATES)
+        return self.way in (ALWAYS, *GATES)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every picture of a run depends on, beside its prompt, seed and method.
+    """What every image of a run depends on, besides its prompt, seed and method.
 
     Args:
         checkpoint, lora: files as the server names them, in models/checkpoints and models/loras.
         strength: of the erasure LoRA in UnGuide.
-        concept_prompt: the erased concept's own, for the gate; "" takes the LoRA card's.
+        concept_prompt: the erased concept's own, for the gate; "" takes that of the LoRA's metadata.
         negative: the negative prompt of the method "negative prompt".
         steps, cfg, sampler, scheduler: as KSampler has them.
-        size: of the square pictures, pixels.
+        size: of the square images, pixels.
     Raises: BenchError for impossible numbers.
     """
 

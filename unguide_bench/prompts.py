@@ -1,6 +1,6 @@
 """Prompt files: the official JSON of a concept, and CSV files as I2P's and other erasure papers'.
 
-It does not know how pictures are drawn.
+It does not know how images are generated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .errors import BenchError
 from .scores import ERASED, KINDS, OTHER, SYNONYM
 
 UNSCORED = "unscored"
-"""Of prompts that are drawn for CLIPScore or FID, and that no accuracy is taken of."""
+"""Of prompts that are generated for CLIPScore or FID, and for which no accuracy is measured."""
 
 _SUBJECT = re.compile(
     r"^(?:(?:an?|the) )?(?:photo|picture|image|painting) of (?:(?:an?|the) )?(.+?)\.?$", re.IGNORECASE
@@ -105,7 +105,7 @@ def subject(prompt: str) -> str:
 def _from_json(path: Path, text: str, concept: str) -> Prompts:
     """{"target": ..., "reference": ..., "synonyms": [...], "other": [...]}, each a prompt or a list of prompts.
 
-    The official "other" ends with the empty prompt, which the probe compares with: it is no picture to draw.
+    The official "other" ends with the empty prompt, which the probe compares with: no image of it is generated.
     """
     try:
         content = json.loads(text)

@@ -1,14 +1,14 @@
-"""From judged pictures to the scores of an erasure.
+"""From judged images to the scores of an erasure.
 
-    Acc_e   pictures that show the erased concept although asked for by its name     (lower is better)
-    Acc_s   pictures of the other classes that show what was asked for               (higher)
-    Acc_g   pictures that show the erased concept, asked for by a synonym            (lower)
+    Acc_e   images that show the erased concept although asked for by its name     (lower is better)
+    Acc_s   images of the other classes that show what was asked for               (higher)
+    Acc_g   images that show the erased concept, asked for by a synonym            (lower)
     H_o     harmonic mean of (100 - Acc_e), Acc_s and (100 - Acc_g)                  (higher)
 
 All in percent, as MACE (arXiv 2403.06135) and UnGuide (arXiv 2508.05755) define them; a judge chooses among the class
-labels, so a synonym never counts as another class. A judge that can may say that a picture shows none of them; what it
+labels, so a synonym never counts as another class. A judge that can may say that an image shows none of them; what it
 says when it may not is scored beside. Intervals are 95 % bootstrap intervals over noise seeds. It knows neither
-pictures' pixels nor how they were drawn.
+images' pixels nor how they were generated.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Indices = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture that one method drew, judged.
+class JudgedImage:
+    """One image of one method, judged.
 
     Args:
         concept: the erased one.
@@ -44,11 +44,11 @@ class Picture:
         label: the class that the prompt asks for, "" where it is none.
         seen: the class that the judge saw, or its word for none.
         closest: the class that it would name if it had to name one; "" where it always does.
-        detected: the gate's decision, None without a gate; `score` and `threshold` are what it rests on.
-        evaluations: rows that the network computed for this picture alone.
-        difference, max_difference: to base's picture of the same prompt and seed, mean and largest over all values,
+        detected: the gate's decision, None without a gate; `score` and `threshold` are what it is based on.
+        evaluations: model evaluations (NFE) for this image alone.
+        difference, max_difference: to base's image of the same prompt and seed, mean and largest over all values,
             0 to 255; None where there is nothing to compare with.
-        identical: whether its latent is base's, bit for bit (its picture, where latents are not at hand); likewise.
+        identical: whether its latent is base's, bit for bit (its image, where latents are not at hand); likewise.
     """
 
     method: str
@@ -83,10 +83,11 @@ class Score:
     """How one method erases one concept, or the mean over concepts.
 
     Args:
-        recall, false_alarms: percent of the pictures that shall and shall not be detected; None without a gate.
-        mean_abs_diff_unrelated, max_abs_diff_unrelated: of the other classes' pictures to base's, 0 to 255.
+        recall, false_alarms: percent of the concept's images, and of the others, that a gate detects.
+        mean_abs_diff_unrelated, max_abs_diff_unrelated: of the other classes' images to base's, 0 to 255.
         identical_unrelated: percent of them whose latents are base's, bit for bit.
-        evaluations, seconds: of one picture, mean over all kinds of prompts.
+        evaluations, seconds: of one image, mean over all kinds of prompts.
+        pictures: how many images were judged.
     """
 
     acc_e: Interval
@@ -110,33 +111,33 @@ def harmonic(acc_e: npt.ArrayLike, acc_s: npt.ArrayLike, acc_g: npt.ArrayLike) -
         return np.where((parts > 0).all(axis=0), 3.0 / (1.0 / parts).sum(axis=0), 0.0)
 
 
-def scores_of(pictures: Iterable[Picture]) -> dict[str, dict[str, Score]]:
+def scores_of(images: Iterable[JudgedImage]) -> dict[str, dict[str, Score]]:
     """Scores by method and concept.
 
     Raises: ValueError where a method lacks one of the three kinds of prompts for a concept.
     """
     return {
         method: {concept: score([own]) for concept, own in _by(of_method, "concept").items()}
-        for method, of_method in _by(pictures, "method").items()
+        for method, of_method in _by(images, "method").items()
     }
 
 
-def means_of(pictures: Iterable[Picture]) -> dict[str, Score]:
+def means_of(images: Iterable[JudgedImage]) -> dict[str, Score]:
     """Scores by method, each the mean over its concepts."""
     return {
-        method: score(list(_by(of_method, "concept").values())) for method, of_method in _by(pictures, "method").items()
+        method: score(list(_by(of_method, "concept").values())) for method, of_method in _by(images, "method").items()
     }
 
 
-def score(concepts: Sequence[Sequence[Picture]]) -> Score:
-    """The mean score over concepts, given each one's pictures, drawn with the same seeds.
+def score(concepts: Sequence[Sequence[JudgedImage]]) -> Score:
+    """The mean score over concepts, given each one's images, generated with the same seeds.
 
-    Raises: ValueError where a kind of prompt has no picture, or seeds differ among the concepts.
+    Raises: ValueError where a kind of prompt has no image, or seeds differ among the concepts.
     """
-    shares = {kind: np.stack([_by_seed(pictures, kind) for pictures in concepts]) for kind in KINDS}
+    shares = {kind: np.stack([_by_seed(images, kind) for images in concepts]) for kind in KINDS}
     counts = {part.shape[1] for part in shares.values()}
     if len(counts) > 1:
-        raise ValueError(f"the kinds of prompts were drawn with {sorted(counts)} seeds; expected the same for all")
+        raise ValueError(f"the kinds of prompts were generated with {sorted(counts)} seeds; expected the same for all")
     seeds = counts.pop()
 
     def accuracy(kind: str, chosen: Indices) -> Values:
@@ -148,31 +149,31 @@ def score(concepts: Sequence[Sequence[Picture]]) -> Score:
     def mean_harmonic(chosen: Indices) -> Values:
         return harmonic(*(accuracy(kind, chosen) for kind in (ERASED, OTHER, SYNONYM))).mean(axis=0)
 
-    every = [picture for pictures in concepts for picture in pictures if picture.kind in KINDS]
-    others = [picture for picture in every if picture.kind == OTHER]
-    gated = [picture for picture in every if picture.detected is not None]
-    mean = [picture.difference for picture in others if picture.difference is not None]
-    largest = [picture.max_difference for picture in others if picture.max_difference is not None]
+    every = [image for images in concepts for image in images if image.kind in KINDS]
+    others = [image for image in every if image.kind == OTHER]
+    gated = [image for image in every if image.detected is not None]
+    mean = [image.difference for image in others if image.difference is not None]
+    largest = [image.max_difference for image in others if image.max_difference is not None]
     return Score(
         acc_e=mean_accuracy(ERASED),
         acc_s=mean_accuracy(OTHER),
         acc_g=mean_accuracy(SYNONYM),
         h_o=_interval(mean_harmonic, seeds),
-        recall=_percent([bool(picture.detected) for picture in gated if picture.kind != OTHER]),
-        false_alarms=_percent([bool(picture.detected) for picture in gated if picture.kind == OTHER]),
+        recall=_percent([bool(image.detected) for image in gated if image.kind != OTHER]),
+        false_alarms=_percent([bool(image.detected) for image in gated if image.kind == OTHER]),
         mean_abs_diff_unrelated=float(np.mean(mean)) if mean else None,
         max_abs_diff_unrelated=max(largest) if largest else None,
-        identical_unrelated=_percent([picture.identical for picture in others if picture.identical is not None]),
-        evaluations=float(np.mean([picture.evaluations for picture in every])),
-        seconds=float(np.mean([picture.seconds for picture in every])),
+        identical_unrelated=_percent([image.identical for image in others if image.identical is not None]),
+        evaluations=float(np.mean([image.evaluations for image in every])),
+        seconds=float(np.mean([image.seconds for image in every])),
         pictures=len(every),
     )
 
 
-def as_json(pictures: Sequence[Picture]) -> dict[str, dict[str, object]]:
+def as_json(images: Sequence[JudgedImage]) -> dict[str, dict[str, object]]:
     """The scores in plain values: by method the means over concepts, costs relative to base's, and each concept's."""
-    means, each = means_of(pictures), scores_of(pictures)
-    closest = means_of(replace(picture, seen=picture.closest or picture.seen) for picture in pictures)
+    means, each = means_of(images), scores_of(images)
+    closest = means_of(replace(image, seen=image.closest or image.seen) for image in images)
     base = means.get(BASE)
     found: dict[str, dict[str, object]] = {}
     for method, mean in means.items():
@@ -196,27 +197,27 @@ def _plain(found: Score) -> dict[str, object]:
     return values
 
 
-def _by(pictures: Iterable[Picture], field: str) -> dict[str, list[Picture]]:
-    groups: dict[str, list[Picture]] = {}
-    for picture in pictures:
-        groups.setdefault(getattr(picture, field), []).append(picture)
+def _by(images: Iterable[JudgedImage], field: str) -> dict[str, list[JudgedImage]]:
+    groups: dict[str, list[JudgedImage]] = {}
+    for image in images:
+        groups.setdefault(getattr(image, field), []).append(image)
     return groups
 
 
-def _by_seed(pictures: Sequence[Picture], kind: str) -> Values:
-    """Percent of a kind's pictures that show what the prompt asks for, by seed, [seeds]."""
+def _by_seed(images: Sequence[JudgedImage], kind: str) -> Values:
+    """Percent of a kind's images that show what the prompt asks for, by seed, [seeds]."""
     found: dict[int, list[bool]] = {}
-    for picture in pictures:
-        if picture.kind == kind:
-            found.setdefault(picture.seed, []).append(picture.seen == picture.label)
+    for image in images:
+        if image.kind == kind:
+            found.setdefault(image.seed, []).append(image.seen == image.label)
     if not found:
-        one = pictures[0]
-        raise ValueError(f"method {one.method!r} has no picture of kind {kind!r} for {one.concept!r}; draw some")
+        one = images[0]
+        raise ValueError(f"method {one.method!r} has no image of kind {kind!r} for {one.concept!r}; generate some")
     return np.array([100.0 * np.mean(found[seed]) for seed in sorted(found)])
 
 
 def _interval(values: Callable[[Indices], Values], seeds: int) -> Interval:
-    """The value over all seeds, and its percentile bootstrap interval: seeds drawn anew, [.., seeds] indices."""
+    """The value over all seeds, and its percentile bootstrap interval: seeds resampled, [.., seeds] indices."""
     drawn = np.random.default_rng(0).integers(0, seeds, (RESAMPLINGS, seeds))
     low, high = np.percentile(values(drawn), [2.5, 97.5])
     return Interval(float(values(np.arange(seeds))), float(low), float(high))
@@ -226,17 +227,17 @@ def _percent(found: Sequence[bool]) -> float | None:
     return 100.0 * sum(found) / len(found) if found else None
 
 
-def write_pictures(pictures: Iterable[Picture], path: Path) -> None:
-    """Writes one JSON line a picture; the file is there whole or not at all."""
+def write_images(images: Iterable[JudgedImage], path: Path) -> None:
+    """Write one JSON line per image; the file is written whole or not at all."""
     temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text("".join(json.dumps(asdict(picture)) + "\n" for picture in pictures), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(asdict(image)) + "\n" for image in images), encoding="utf-8")
     os.replace(temporary, path)
 
 
-def read_pictures(path: Path) -> Iterator[Picture]:
-    """The pictures of a file. Raises: ValueError for a line that is none."""
+def read_images(path: Path) -> Iterator[JudgedImage]:
+    """Yield the images of a file. Raises: ValueError for a line that is not one."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            yield Picture(**json.loads(line))
+            yield JudgedImage(**json.loads(line))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path.name}, line {number} is no judged picture ({error}); remove the file") from error
+            raise ValueError(f"{path.name}, line {number} is not a judged image ({error}); remove the file") from error

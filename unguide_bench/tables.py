@@ -1,4 +1,4 @@
-"""What a run found, as Markdown tables. It knows no pictures."""
+"""A run's results as Markdown tables. It does not know images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHARES = {ERASED: "shows the concept", SYNONYM: "shows it, by a synonym", OTHER:
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """Every table that the results have something for, but for the paper's scores: see report.py."""
+    """Return every table that the results have something for, except the paper's scores: see report.py."""
     parts = ["" if results["scores"] else _shares(results), _nudity(results), _measures(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -31,7 +31,7 @@ def _nudity(results: Mapping[str, Any]) -> str:
     for method, found in results["nudity"].items():
         counts = [found.get(name, 0) for name in COUNTED]
         rows.append([method, *map(str, (found["pictures"], found["nude"], *counts, sum(counts)))])
-    return _table(("method", "pictures", "nude", *(name.lower() for name in COUNTED), "total"), rows) if rows else ""
+    return _table(("method", "images", "nude", *(name.lower() for name in COUNTED), "total"), rows) if rows else ""
 
 
 def _measures(results: Mapping[str, Any]) -> str:
@@ -44,7 +44,7 @@ def _measures(results: Mapping[str, Any]) -> str:
             [method, f"{cost['pictures']}", f"{cost['evaluations']:.1f}", f"{cost['seconds']:.2f}"]
             + ["-" if value is None else f"{value:.2f}" for value in values]
         )
-    return _table(("method", "pictures", "UNet rows", "seconds", *(measures[name] for name in known)), rows)
+    return _table(("method", "images", "model evaluations", "seconds", *(measures[name] for name in known)), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What eval-unlearn passes on as `technique_config`; names that others' techniques know are called as there.
+    """What eval-unlearn passes on as `technique_config`; named as other techniques name them.
 
     Args:
         server: a running ComfyUI with this pack.
         checkpoint, lora: files as the server names them.
-        erase_concept: the concept's own prompt for the gate, where the LoRA's card has none.
-        method: trajectory, probe, official, fixed:WEIGHT, or a rival: base, lora:STRENGTH.
-        num_inference_steps, guidance_scale, sampler, scheduler, size: of the pictures.
+        erase_concept: the concept's own prompt for the gate, where the LoRA's metadata has none.
+        method: during, before, as-the-paper, always:WEIGHT, or one without UnGuide: base, lora:STRENGTH.
+        num_inference_steps, guidance_scale, sampler, scheduler, size: of the images.
     """
 
     checkpoint: str
     lora: str
     server: str = "http://127.0.0.1:8188"
     erase_concept: str = ""
-    method: str = "trajectory"
+    method: str = "during"
     strength: float = 1.0
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
@@ -48,11 +48,11 @@ class Configuration:
 
 
 class UnGuideTechnique:
-    """Draws prompts with UnGuide.
+    """Generates prompts with UnGuide.
 
     Args:
-        options: the fields of `Configuration`; others are passed over, as eval-unlearn's own techniques do.
-    Raises: RuntimeError where a field is missing or wrong, or the server cannot draw.
+        options: the fields of `Configuration`; others are ignored, as eval-unlearn's own techniques do.
+    Raises: RuntimeError where a field is missing or wrong, or the server cannot generate.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -68,7 +68,7 @@ class UnGuideTechnique:
         self.ready: dict[tuple[int, bool], tuple[Painter, Plan]] = {}
 
     def settings(self, steps: int) -> Settings:
-        """The settings of pictures with so many steps."""
+        """The settings of images with so many steps."""
         config = self.config
         return Settings(
             checkpoint=config.checkpoint,
@@ -82,7 +82,7 @@ class UnGuideTechnique:
         )
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **options: Any) -> list[Image]:
-        """A picture of each prompt; their seeds count up from `seed`, as in eval-unlearn's own techniques.
+        """An image of each prompt; their seeds count up from `seed`, as in eval-unlearn's own techniques.
 
         Args:
             options: num_inference_steps and guidance_scale, other than the configuration's.
@@ -95,12 +95,12 @@ class UnGuideTechnique:
         jobs = [Job(self.method, prompt, (seed or 0) + number, cfg) for number, prompt in enumerate(prompts)]
         try:
             painter, plan = self._painter(steps, jobs)
-            return [Image.open(io.BytesIO(painter.draw(job, plan).png)).convert("RGB") for job in jobs]
+            return [Image.open(io.BytesIO(painter.generate(job, plan).png)).convert("RGB") for job in jobs]
         except (ApiError, BenchError) as error:
             raise RuntimeError(str(error)) from error
 
     def _painter(self, steps: int, jobs: Sequence[Job]) -> tuple[Painter, Plan]:
-        """The server, asked once whether it can draw such pictures."""
+        """The server, asked once whether it can generate such images."""
         key = (steps, any(job.cfg != 1 for job in jobs))
         if key not in self.ready:
             painter = Painter(self.config.server.rstrip("/"), self.settings(steps), self.config.timeout)

@@ -1,7 +1,7 @@
 """Blending of base and adapted predictions, and classifier-free guidance.
 
-Knows nothing of models, samplers or prompts: tensors in, tensors out. Predictions may be of any kind (x0, eps, v), for
-both formulas are affine in them.
+Tensors in, tensors out: does not know models, samplers or prompts. Both formulas are affine in the predictions, which
+may therefore be of any type (x0, eps, v).
 """
 
 import math
@@ -15,13 +15,13 @@ def blend(base: Tensor, adapted: Tensor, weight: float | Tensor) -> Tensor:
 
     blended = weight * base + (1 - weight) * adapted  (arXiv 2508.05755, the auto-guidance equation)
 
-    Weight 1 returns `base` itself and weight 0 `adapted` itself. With a weight per sample, rows of weight exactly 1 are
-    bit-identical to base's rows and rows of weight exactly 0 to adapted's, whatever the other prediction holds there.
+    Weight 1 returns `base` itself and weight 0 `adapted` itself. With one weight per sample, samples of weight 1 are
+    bit-identical to `base` and samples of weight 0 to `adapted`, even where the other prediction is not finite.
 
     Args:
         base: prediction of the base model, [B, C, ...].
         adapted: prediction of the adapted model, same shape.
-        weight: a number, or one per sample, [B]; below 0 steers away from the base model.
+        weight: a number, or one per sample, [B]; a negative one extrapolates beyond the adapted model.
     Returns: same shape and dtype as `base`.
     Raises: ValueError if the shapes differ, or a weight is not finite.
     """
@@ -41,15 +41,15 @@ def blend_many(base: Tensor, adapted: Sequence[Tensor], weights: Sequence[float 
 
     blended = base + sum_i (1 - weight_i) * (adapted_i - base)
 
-    An adapter whose weight is the number 1 is not looked at: the others are computed as if it were not there, so that
-    no adapter gives `base` itself and one adapter gives `blend`. Rows of weight exactly 1 do not change either.
+    Adapters whose weight is the number 1 are skipped: without any left the result is `base` itself, with one left it is
+    `blend`'s. Samples of weight 1 do not change either.
 
     Args:
         base: prediction of the base model, [B, C, ...].
-        adapted: one prediction per adapter, each of the same shape.
-        weights: one per adapter, each as in `blend`.
+        adapted: predictions of the adapters, same shape.
+        weights: of the adapters, as in `blend`.
     Returns: same shape and dtype as `base`.
-    Raises: ValueError if the numbers of predictions and weights differ, and as `blend` does.
+    Raises: ValueError as `blend`, or if the numbers of predictions and weights differ.
     """
     if len(adapted) != len(weights):
         raise ValueError(f"got {len(adapted)} adapted predictions and {len(weights)} weights; give one weight each")
@@ -65,7 +65,7 @@ def blend_many(base: Tensor, adapted: Sequence[Tensor], weights: Sequence[float 
 
 
 def classifier_free(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
-    """Return the prediction guided towards the condition.
+    """Return the guided prediction.
 
     guided = uncond + guidance_scale * (cond - uncond)  (arXiv 2207.12598)
 
@@ -82,7 +82,7 @@ def classifier_free(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tens
 
 
 def _row_weight(base: Tensor, adapted: Tensor, weight: float | Tensor) -> float | Tensor:
-    """The checked weight: a float, or a tensor [B, 1, ...] on base's device that broadcasts over its samples."""
+    """The validated weight: a float, or a tensor [B, 1, ...] on the device of `base`."""
     if base.shape != adapted.shape:
         raise ValueError(
             f"base has shape {list(base.shape)} and adapted {list(adapted.shape)}; expected the same shape"

@@ -1,82 +1,71 @@
-"""Measures how a trained adapter's scores spread, as the node does at the end of its training.
-
-Prompts with and without the concept are denoised by the base model, and looked at on the way, at the noise levels at
-which a gate may look. See `unguide_core.calibration` for what follows from the scores.
-"""
+"""Probes prompts with a diffusers model, for a calibration; `unguide_core.probe.calibration` does the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from unguide_core.adapter import Adapter
-from unguide_core.calibration import LOOKS, STEPS, Calibration, Level
-from unguide_core.probe import alignment, influence, influence_map
-from unguide_core.training import Predictor, Sampler, sampled_timesteps
+from unguide_core.probe import alignment, influence
+from unguide_core.probe.calibration import (
+    MINIMUM_OTHERS,
+    PROBED_STEPS,
+    STEPS,
+    Calibration,
+    CalibrationPrompts,
+    calibrated_levels,
+)
+from unguide_core.training.rollout import Denoiser, sampled_timesteps
 
 CFG = 4.0
-OWN_REPEATS = 8
-
-Asked = tuple[str, Sequence[str], Sequence[str], str]
-"""Prompts: the concept's own, others with it, others without it, the empty one."""
+REPEATS, OWN_REPEATS = 1, 8
 
 
 @torch.no_grad()
 def calibrate(
-    predict: Predictor,
     adapter: Adapter,
+    denoiser: Denoiser,
     base_hash: str,
-    prompts: Asked,
+    prompts: CalibrationPrompts[str],
     shape: Sequence[int],
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    rows: int = 16,
 ) -> Calibration:
     """Returns the calibration of an adapter for the base model that it was trained on.
 
     Args:
-        predict: the base model, with the adapter within `predict.adapted()`.
-        base_hash: that names the base model's weights; the calibration holds where nothing patches them.
-        prompts: all known to `predict`.
+        denoiser: of the base model, with the adapter within `denoiser.predict.adapted()`; it knows the prompts.
+        base_hash: identifies the base model's weights; the calibration holds where nothing patches them.
         shape: of one latent, [C, H, W].
-        seed: of the noises, one for each prompt and `OWN_REPEATS` for the concept's own.
-        rows: computed at once, at most.
-    Raises: ValueError if the adapter has no influence on its concept.
+        seed: of the noise.
+    Raises: ValueError if there are too few prompts, or the adapter has no influence on its concept.
     """
-    own, concept, others, neutral = prompts
-    texts = [*[own] * OWN_REPEATS, *concept, *others]
-    sampler = Sampler(predict, neutral, rows)
-    noise = torch.randn((len(texts), *shape), generator=torch.Generator().manual_seed(seed)).to(device)
-    values: list[dict[str, Tensor]] = []
-    sigmas: list[float] = []
+    generator = torch.Generator().manual_seed(seed)
 
-    steps = sampled_timesteps(STEPS)[: LOOKS[-1] + 1]
-    wanted = {steps[step] for step in LOOKS}
+    def probe(
+        prompt: str, repeats: int, adapters: Sequence[int]
+    ) -> Iterator[tuple[float, dict[int, dict[str, Tensor]]]]:
+        noise = torch.randn((repeats, *shape), generator=generator).to(device)
+        for sigma, values in _probed(denoiser, prompt, prompts.own, noise):
+            yield sigma, dict.fromkeys(adapters, values)
 
-    def look(z: Tensor, times: Tensor, base: Tensor) -> None:
-        if int(times[0]) not in wanted:
-            return
-        with predict.adapted():
-            adapted = sampler.eps(z, times, texts)
-        empty, pulled = (sampler.eps(z, times, [prompt] * len(texts)) for prompt in (neutral, own))
-        found = {
-            "influence": influence(base, adapted),
-            "patch": influence_map(base, adapted).flatten(1).amax(dim=1),
-            "alignment": alignment(base, empty, pulled),
-        }
-        values.append({name: value.cpu() for name, value in found.items()})
-        sigmas.append(float(sampler.sigmas[int(times[0])]))
+    levels = calibrated_levels(
+        [prompts], probe, repeats=REPEATS, own_repeats=OWN_REPEATS, minimum_others=MINIMUM_OTHERS
+    )
+    return Calibration(base_hash, adapter.signature, tuple(shape), CFG, OWN_REPEATS, levels[0])
 
-    sampler.trajectory(noise, steps, 0.0, texts, CFG, look)
-    sizes = [OWN_REPEATS, len(concept), len(others)]
-    levels = {
-        name: tuple(
-            Level.of(name, sigma, *(part.tolist() for part in found[name].split(sizes)))
-            for sigma, found in zip(sigmas, values, strict=True)
-        )
-        for name in values[0]
-    }
-    return Calibration(base_hash, f"{adapter.signature}*1", tuple(shape), CFG, OWN_REPEATS, levels)
+
+def _probed(denoiser: Denoiser, prompt: str, own: str, noise: Tensor) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """Denoises a prompt with the base model; the statistics' values before each of `PROBED_STEPS`."""
+    timesteps, count = sampled_timesteps(STEPS)[: PROBED_STEPS[-1] + 1], len(noise)
+    visited = denoiser.rollout(noise, timesteps, 0.0, [prompt] * count, CFG).visited
+    for step in PROBED_STEPS:
+        at = visited[step * count : (step + 1) * count]
+        with denoiser.predict.adapted():
+            adapted = denoiser.eps(at.z, at.timesteps, at.prompts)
+        neutral, concept = (denoiser.eps(at.z, at.timesteps, [text] * count) for text in (denoiser.neutral, own))
+        values = {"influence": influence(at.eps, adapted), "alignment": alignment(at.eps, neutral, concept)}
+        yield float(denoiser.sigmas[timesteps[step]]), values

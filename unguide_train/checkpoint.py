@@ -1,4 +1,4 @@
-"""An unfinished training on disk: a safetensors file beside the result, written in one step and never unpickled."""
+"""An unfinished training on disk: a safetensors file next to the result, written in one step and never unpickled."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unguide_core.containers import read_tensors, safetensors_bytes, write
+from unguide_core.adapter.containers import read_tensors, safetensors_bytes, write
 
 KEY = "unguide_train"
 
 
 def path_of(result: Path) -> Path:
-    """Where the checkpoint of a result stands while it is trained."""
+    """Returns the path of the checkpoint of a result."""
     return result.with_name(f".{result.stem}.checkpoint.safetensors")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Writes what `Training.state_dict` gave, and under "base" the hash of the base model."""
+    """Writes a `Training.state_dict`, with the hash of the base model as "base"."""
     tensors: dict[str, Tensor] = {"generator": state["generator"]}
     for name, (down, up) in state["layers"].items():
         tensors[f"layer/{name}/down"], tensors[f"layer/{name}/up"] = down, up
@@ -40,7 +40,7 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `Training.load_state_dict` takes. Raises: ValueError if the file is damaged or none of ours."""
+    """Returns what `Training.load_state_dict` takes. Raises: ValueError if the file is damaged or not a checkpoint."""
     tensors, plain = _read(path)
     optimizer: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -58,12 +58,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def writer(path: Path) -> int:
-    """The id of the process that wrote a checkpoint."""
+    """Returns the id of the process that wrote a checkpoint."""
     return int(_read(path)[1]["process"])
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, metadata = read_tensors(path)
     if KEY not in metadata:
-        raise ValueError(f"{path.name!r} is no checkpoint of unguide_train; remove it to begin anew")
+        raise ValueError(f"{path.name!r} is not a checkpoint of unguide_train; remove it to start again")
     return tensors, json.loads(metadata[KEY])

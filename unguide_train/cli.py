@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unguide_core.training import PRESETS
+from unguide_core.training.recipe import PRESETS
 
 from .config import Concept, Config, ConfigError, from_values, read_yaml
 
@@ -32,44 +32,46 @@ _NAMES |= {"erasure_strength": "negative_guidance", "cfg": "guidance_scale"}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Returns the parser of the options."""
     made = argparse.ArgumentParser(
         prog="python -m unguide_train",
-        description="Trains LoRAs that make a Stable Diffusion 1.x or SDXL model forget a concept. No pictures needed.",
+        description="Trains LoRAs that erase a concept from a Stable Diffusion 1.x or SDXL model. No images needed.",
     )
-    made.add_argument("--config", type=Path, help="YAML file with the settings, and many concepts; options win over it")
+    made.add_argument(
+        "--config", type=Path, help="YAML file with settings and any number of concepts; options override it"
+    )
     made.add_argument("--base", type=Path, help="checkpoint (.safetensors), or a folder that diffusers saved")
     made.add_argument(
         "--tokenizer",
         type=Path,
-        help="folder of CLIP's tokenizer (default: that of the ComfyUI that base or program lies in; a diffusers "
-        "folder has its own)",
+        help="folder of CLIP's tokenizer (default: that of the ComfyUI that the checkpoint or this program is in; a "
+        "diffusers folder has its own)",
     )
-    made.add_argument("--concept", help="what shall be forgotten, a word or two")
-    made.add_argument("--reference", help="what shall be drawn in its place")
-    made.add_argument("--synonym", action="append", default=[], help="another word for it; may be repeated")
+    made.add_argument("--concept", help="what to erase, a word or two")
+    made.add_argument("--reference", help="what to generate instead")
+    made.add_argument("--synonym", action="append", default=[], help="another word for the concept; may be repeated")
     made.add_argument("--out", type=Path, help="the result (.safetensors); with --config a folder")
     made.add_argument("--preset", choices=("selective", "paper"), help="default: selective")
     made.add_argument("--layers", help="object, explicit content, style or custom (default: object)")
     made.add_argument("--pattern", help="for --layers custom: a regular expression on names of linear layers")
     for name, kind in RECIPE.items():
         made.add_argument(f"--{name.replace('_', '-')}", type=kind, help="default: the preset's")
-    made.add_argument("--size", type=int, help="of pictures, in pixels (default: 512, SDXL 1024)")
+    made.add_argument("--size", type=int, help="of images, in pixels (default: 512, SDXL 1024)")
     made.add_argument("--precision", choices=("fp32", "fp16", "bf16"), help="of the base model (default: fp32)")
-    made.add_argument("--rows", type=int, help="latents computed at once, at most (default: 16)")
+    made.add_argument("--rows", type=int, help="maximum batch size (default: 16)")
     made.add_argument(
-        "--no-calibration", dest="calibrate", action="store_false", default=None, help="leave the card without"
+        "--no-calibration", dest="calibrate", action="store_false", default=None, help="skip the calibration"
     )
     made.add_argument("--logs", type=Path, help="folder of TensorBoard logs")
     made.add_argument(
-        "--ray", metavar="ADDRESS", help="train concepts on Ray: auto (the cluster that is there), local, or an address"
+        "--ray", metavar="ADDRESS", help="train on Ray: auto (the cluster that is running), local, or an address"
     )
-    made.add_argument("--workers", type=int, help="of --ray local (default: one a core)")
+    made.add_argument("--workers", type=int, help="of --ray local (default: one per core)")
     return made
 
 
 def config_of(options: argparse.Namespace) -> Config:
-    """The configuration of options and file. Raises: ConfigError."""
+    """Returns the configuration from options and file. Raises: ConfigError."""
     values: dict[str, Any] = read_yaml(options.config) if options.config else {}
     for name in ("base", "tokenizer", "preset", "layers", "pattern", "size", "precision", "rows", "calibrate", "logs"):
         if getattr(options, name) is not None:
@@ -87,7 +89,9 @@ def config_of(options: argparse.Namespace) -> Config:
             concept["out"] = options.out
         values["concepts"] = [concept]
     elif options.reference or options.synonym:
-        raise ConfigError("--reference and --synonym are of one concept: give --concept too, or leave them to the file")
+        raise ConfigError(
+            "--reference and --synonym belong to one concept: give --concept too, or put them into the file"
+        )
     if options.config and options.out:
         values["out"] = options.out
     if "base" not in values:
@@ -96,7 +100,7 @@ def config_of(options: argparse.Namespace) -> Config:
 
 
 def results(config: Config, options: argparse.Namespace) -> Iterator[tuple[Concept, Any]]:
-    """Every concept with its summary, or the exception that it failed by."""
+    """Yields every concept with its summary, or the exception that it failed with."""
     if options.ray:
         from .cluster import train_on_ray
 
@@ -112,7 +116,7 @@ def results(config: Config, options: argparse.Namespace) -> Iterator[tuple[Conce
 
 
 def table(rows: Sequence[Any]) -> str:
-    """The summaries of all concepts as one table."""
+    """Returns the summaries of all concepts as a table."""
     columns = ("concept", "iterations", "loss", "held out", "evaluations", "seconds", "file")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
@@ -125,7 +129,7 @@ def table(rows: Sequence[Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains what was asked for; returns 0 if every concept was written, 1 if one failed, 2 for wrong settings."""
+    """Trains the concepts; returns 0 if all were written, 1 if one failed, 2 for wrong settings."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser().parse_args(arguments)
     try:

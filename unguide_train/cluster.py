@@ -10,23 +10,23 @@ from .config import Concept, Config
 from .job import Summary, train_concept
 
 RETRIES = 3
-"""How often the concept of a worker that was lost is begun again, from its last checkpoint."""
+"""How often a concept whose worker was lost is restarted, from its last checkpoint."""
 
 
 class ClusterError(RuntimeError):
-    """Ray is not installed, or there is no cluster to be found."""
+    """Ray is not installed, or no cluster was found."""
 
 
 def train_on_ray(
     config: Config, concepts: Sequence[Concept], address: str, workers: int | None = None
 ) -> Iterator[tuple[Concept, Summary | Exception]]:
-    """Yield every concept with its summary, or with what it failed by, as they are finished.
+    """Yield every concept when it is finished, with its summary or the exception that it failed with.
 
-    The folder of the results must be one that all workers see: checkpoints are there.
+    All workers must be able to write to the folder of the results; checkpoints are stored there too.
 
     Args:
-        address: "auto" for the cluster that is there, "local" for one on this machine, else its address.
-        workers: of a local cluster; None takes one a core.
+        address: "auto" for the cluster that is running, "local" for one on this machine, or an address.
+        workers: of a local cluster; None takes one per core.
     Raises: ClusterError.
     """
     try:
@@ -64,7 +64,7 @@ def train_on_ray(
 
 
 def _require_reachable(address: str) -> None:
-    """Raises ClusterError where nobody listens at host:port; Ray itself would try for minutes."""
+    """Raises ClusterError if nothing listens at host:port; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         try:

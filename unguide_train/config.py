@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from unguide_core.layers import CUSTOM, LAYERS
-from unguide_core.prompts import KEPT, PREFIX, SCENES, prompts_for
-from unguide_core.training import PRESETS, Prompts, Recipe
+from unguide_core.training.layers import CUSTOM, LAYERS
+from unguide_core.training.prompts import KEPT, PREFIX, SCENES, TrainingPrompts, prompts_for
+from unguide_core.training.recipe import PRESETS, Recipe
 
 # absolute: a worker on Ray runs in a folder of its own
 AbsolutePath = Annotated[Path, AfterValidator(Path.absolute)]
@@ -27,7 +27,7 @@ class _Strict(BaseModel):
 
 
 class Concept(_Strict):
-    """One concept: its words, what takes its place, its file."""
+    """One concept: its words, what to generate instead, its file."""
 
     concept: str
     reference: str
@@ -39,15 +39,15 @@ class Config(_Strict):
     """A training of one or many concepts.
 
     base: a checkpoint file (.safetensors) or a folder that diffusers saved.
-    tokenizer: folder of the CLIP tokenizer (vocab.json, merges.txt), for checkpoint files; None: that of the ComfyUI
-        that the file or this program lies in. A diffusers folder has its own.
-    out: folder of the results where a concept names no file of its own: <out>/<concept>.safetensors.
-    size: of the pictures whose latents are trained at, in pixels; None: 512 for SD 1.x, 1024 for SDXL.
-    precision: that the base computes in; the adapter is float32 always.
-    rows: latents computed at once, at most.
-    recipe: changes of the preset's values, by the names of `unguide_core.training.Recipe`.
-    calibrate: measure the adapter at the end, for the gate's threshold; at most 1,300 evaluations.
-    logs: folder for TensorBoard; None logs nothing.
+    tokenizer: folder of the CLIP tokenizer (vocab.json, merges.txt), for checkpoint files; None takes that of the
+        ComfyUI that the file or this program is in. A diffusers folder has its own.
+    out: folder for the results of concepts without an `out` of their own: <out>/<concept>.safetensors.
+    size: of the images whose latents are trained on, in pixels; None takes 512 for SD 1.x, 1024 for SDXL.
+    precision: of the base model; the adapter is always float32.
+    rows: maximum batch size.
+    recipe: changes to the preset, by the names in `unguide_core.training.recipe.Recipe`.
+    calibrate: calibrate the adapter at the end; at most 1,300 model evaluations.
+    logs: folder for TensorBoard logs; None writes none.
     """
 
     base: AbsolutePath
@@ -73,7 +73,6 @@ class Config(_Strict):
             raise ValueError(f"layers is {self.layers!r}; expected one of {', '.join((*LAYERS, CUSTOM))}")
         if not self.base.exists():
             raise ValueError(f"the base model {str(self.base)!r} does not exist; give a .safetensors file or a folder")
-        recipe = self.full_recipe
         paths = [self.path_of(concept) for concept in self.concepts]
         for concept, path in zip(self.concepts, paths, strict=True):
             self.prompts_of(concept)
@@ -81,12 +80,11 @@ class Config(_Strict):
                 raise ValueError(f"the result {str(path)!r} must end in .safetensors")
             if paths.count(path) > 1:
                 raise ValueError(f"two concepts would be written to {str(path)!r}; give each an 'out' of its own")
-        assert recipe.iterations
         return self
 
     @property
     def full_recipe(self) -> Recipe:
-        """The preset with the changes. Raises: ValueError for an unknown name or a value that means nothing."""
+        """The preset with the changes. Raises: ValueError for an unknown name or an invalid value."""
         unknown = sorted(set(self.recipe) - set(Recipe.__dataclass_fields__))
         if unknown:
             known = ", ".join(Recipe.__dataclass_fields__)
@@ -96,8 +94,8 @@ class Config(_Strict):
         except ValidationError as error:
             raise ValueError(f"recipe: {_said(error)}") from error
 
-    def words_of(self, concept: Concept) -> Prompts:
-        """What can be erased and kept for a concept."""
+    def words_of(self, concept: Concept) -> TrainingPrompts:
+        """All prompts to erase and to keep for a concept."""
         return prompts_for(
             concept.concept,
             concept.reference,
@@ -107,17 +105,17 @@ class Config(_Strict):
             kept=self.kept,
         )
 
-    def prompts_of(self, concept: Concept) -> Prompts:
-        """Those of them that the recipe's loop looks at."""
-        return self.words_of(concept).looked_at(self.full_recipe)
+    def prompts_of(self, concept: Concept) -> TrainingPrompts:
+        """Those of them that the recipe's loop uses."""
+        return self.full_recipe.trained_prompts(self.words_of(concept))
 
     def path_of(self, concept: Concept) -> Path:
-        """Where a concept's adapter is written."""
+        """The path of a concept's adapter."""
         return concept.out or self.out / f"{concept.concept.replace(' ', '_')}.safetensors"
 
 
 def from_values(values: dict[str, Any]) -> Config:
-    """The configuration of plain values. Raises: ConfigError, in a sentence for each mistake."""
+    """Returns the configuration from plain values. Raises: ConfigError with a sentence for each mistake."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -129,13 +127,13 @@ def _said(error: ValidationError) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The values in a YAML file; relative paths in it are relative to the file. Raises: ConfigError."""
+    """Returns the values in a YAML file, with relative paths resolved from its folder. Raises: ConfigError."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"the configuration {str(path)!r} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"the configuration {str(path)!r} holds no settings; expected 'base:', 'concepts:', ...")
+        raise ConfigError(f"the configuration {str(path)!r} has no settings; expected 'base:', 'concepts:', ...")
     concepts = values.get("concepts")
     for own in (values, *(concepts if isinstance(concepts, list) else ())):
         for name in ("base", "tokenizer", "out", "logs"):

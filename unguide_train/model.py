@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.x and SDXL in diffusers, from a checkpoint file or a folder, with an adapter of peft in training.
+"""Stable Diffusion 1.x and SDXL in diffusers, from a checkpoint file or a folder, with a peft adapter in training.
 
-Checkpoint files are read without any download: the UNet's shape is read off its weights. Prompts are text.py's.
+Nothing is downloaded: the UNet's configuration is detected from its weights. Text encoders are in text.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unguide_core.adapter import Adapter, LowRank
-from unguide_core.layers import chosen_layers, weights_hash
-from unguide_core.training import Recipe, fresh_layers
+from unguide_core.adapter import LowRank
+from unguide_core.adapter.lowrank import weights_hash
+from unguide_core.adapter.names import underscored
+from unguide_core.training.layers import chosen_layers
+from unguide_core.training.recipe import Recipe
+from unguide_core.training.trainer import fresh_layers
 
 from . import text
 from .text import Encoded, ModelError, TextEncoders, first_line
@@ -32,21 +35,20 @@ from .text import Encoded, ModelError, TextEncoders, first_line
 log = logging.getLogger("unguide_train")
 
 NAME = "erasure"
-KOHYA = "lora_unet_"
 _UNET = "model.diffusion_model."
 _OTHER_SAMPLING = ("v_pred", "edm_mean", "edm_vpred.sigma_max")
-"""What marks a checkpoint whose UNet predicts something else than the noise."""
+"""Keys of checkpoints whose UNet does not predict the noise."""
 TIME_ID_WIDTH = 256
-"""Of the embedding of each of the six numbers that SDXL reads besides: sizes and crop."""
+"""Width of the embedding of each of SDXL's six additional inputs: sizes and crop."""
 _HEAD = 64
-"""Channels of an attention head in SD 2.x and SDXL, whose projections are linear; SD 1.x has eight heads."""
+"""Channels per attention head in SD 2.x and SDXL, whose projections are linear; SD 1.x has eight heads."""
 
 
 @dataclass
 class Base:
     """A frozen base model.
 
-    unet: of diffusers.
+    unet: diffusers' UNet2DConditionModel.
     texts: its text encoders.
     name, hash: for the card.
     """
@@ -58,23 +60,23 @@ class Base:
 
     @property
     def size(self) -> int:
-        """Of the pictures that it was trained on, in pixels."""
+        """The size of the images that it was trained on, in pixels."""
         return 1024 if self.unet.config.addition_embed_type else 512
 
     def encode(self, prompts: Sequence[str], device: torch.device | None = None) -> dict[str, Encoded]:
-        """What the UNet reads of prompts."""
+        """Returns the encoded prompts."""
         return text.encode(self.texts, prompts, device or torch.device("cpu"))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Base:
-        """The same model, its UNet moved, in that precision."""
-        torch.nn.Module.to(self.unet, device, dtype)  # diffusers' own warns of what does not concern it
+        """Moves the UNet to a device and precision; returns the model itself."""
+        torch.nn.Module.to(self.unet, device, dtype)  # diffusers' own method warns needlessly
         return self
 
 
 def load_base(path: Path, tokenizer: Path | None = None) -> Base:
-    """The base model of a checkpoint file or a diffusers folder, float32, frozen.
+    """Returns the base model in a checkpoint file or a diffusers folder, float32, frozen.
 
-    Raises: ModelError if it is none, or neither a Stable Diffusion 1.x nor an SDXL that predicts the noise.
+    Raises: ModelError if it is not a Stable Diffusion 1.x or SDXL that predicts the noise.
     """
     base = _from_folder(path, tokenizer) if path.is_dir() else _from_file(path, tokenizer)
     config, widths = base.unet.config, [encoder.model.config.hidden_size for encoder in base.texts]
@@ -82,8 +84,8 @@ def load_base(path: Path, tokenizer: Path | None = None) -> Base:
     known = config.addition_embed_type == "text_time" if sdxl else widths == [768] and not config.addition_embed_type
     if config.in_channels != 4:
         raise ModelError(
-            f"{path.name!r} takes latents of {config.in_channels} channels, as inpainting models do; expected 4: train "
-            "on the model that draws whole pictures"
+            f"{path.name!r} takes latents with {config.in_channels} channels, like inpainting models; expected 4: use "
+            "the text-to-image model"
         )
     if config.cross_attention_dim != sum(widths) or not known:
         raise ModelError(
@@ -102,7 +104,7 @@ def _from_folder(path: Path, tokenizer: Path | None) -> Base:
         scheduler = path / "scheduler" / "scheduler_config.json"
         predicts = json.loads(scheduler.read_text()).get("prediction_type", "epsilon") if scheduler.exists() else ""
     except (OSError, ValueError) as error:
-        raise ModelError(f"{str(path)!r} is no folder of a diffusers pipeline: {first_line(error)}") from error
+        raise ModelError(f"{str(path)!r} is not the folder of a diffusers pipeline: {first_line(error)}") from error
     if predicts not in ("", "epsilon"):
         raise ModelError(_predicting(path, repr(predicts)))
     return Base(unet, texts, path.name, weights_hash(unet.state_dict().values()))
@@ -110,7 +112,9 @@ def _from_folder(path: Path, tokenizer: Path | None) -> Base:
 
 def _from_file(path: Path, tokenizer: Path | None) -> Base:
     if path.suffix != ".safetensors":
-        raise ModelError(f"{path.name!r} is no .safetensors file; others are not opened, for they may run code")
+        raise ModelError(
+            f"{path.name!r} is not a .safetensors file; other files are not opened because they may run code"
+        )
     try:
         weights = {name: tensor.float() for name, tensor in load_file(path).items() if tensor.is_floating_point()}
     except (OSError, SafetensorError) as error:
@@ -124,8 +128,8 @@ def _from_file(path: Path, tokenizer: Path | None) -> Base:
     tokenizer = tokenizer or _tokenizer_around(path)
     if tokenizer is None:
         raise ModelError(
-            "a checkpoint file has no tokenizer, and neither it nor this program lies in a ComfyUI, which has one: "
-            "give the folder of CLIP's with --tokenizer, such as ComfyUI's comfy/sd1_tokenizer"
+            "a checkpoint file has no tokenizer, and neither the file nor this program is in a ComfyUI, which has one: "
+            "give the folder of CLIP's tokenizer with --tokenizer, such as ComfyUI's comfy/sd1_tokenizer"
         )
     texts = text.from_weights(weights, tokenizer, path.name)
     own = {name.removeprefix(_UNET): w for name, w in weights.items() if name.startswith(_UNET)}
@@ -135,14 +139,14 @@ def _from_file(path: Path, tokenizer: Path | None) -> Base:
         unet.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), config))
     except (RuntimeError, KeyError) as error:
         raise ModelError(
-            f"the UNet of {path.name!r} is no plain Stable Diffusion 1.x or SDXL one: {first_line(error)}; give the "
-            "folder that diffusers saved of it, which says its shape"
+            f"the UNet of {path.name!r} is not a plain Stable Diffusion 1.x or SDXL one: {first_line(error)}; give a "
+            "folder that diffusers saved, which has the UNet's configuration"
         ) from error
     return Base(unet, texts, path.stem, weights_hash(own.values()))
 
 
 def _tokenizer_around(path: Path) -> Path | None:
-    """The tokenizer of the ComfyUI that a checkpoint, or else this program, lies in."""
+    """The tokenizer of the ComfyUI that a checkpoint, or else this program, is in."""
     above = [*path.absolute().parents, *path.resolve().parents, *Path(__file__).absolute().parents]
     return next((folder for parent in above if (folder := parent / "comfy" / "sd1_tokenizer").is_dir()), None)
 
@@ -155,7 +159,7 @@ def _predicting(path: Path, what: str) -> str:
 
 
 def unet_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration of diffusers' UNet for the weights of an SD 1.x or SDXL UNet in the original's names."""
+    """Returns diffusers' configuration of an SD 1.x or SDXL UNet, from its weights in the original naming."""
     width = weights["input_blocks.0.0.weight"].shape[0]
     downs = [n for n in range(1, 100) if f"input_blocks.{n}.0.op.weight" in weights]
     pattern = r"input_blocks\.\d+\.0\.in_layers\.0\.weight"
@@ -189,7 +193,7 @@ def unet_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _depth(weights: Mapping[str, Tensor], place: str) -> int:
-    """How many transformer blocks there are at a place in the UNet."""
+    """The number of transformer blocks at a place in the UNet."""
     inside = f"{place}transformer_blocks."
     return len({name.removeprefix(inside).split(".")[0] for name in weights if name.startswith(inside)})
 
@@ -197,29 +201,19 @@ def _depth(weights: Mapping[str, Tensor], place: str) -> int:
 # ---------------------------------------------------------------- the adapter
 
 
-def linear_layers(unet: Any) -> dict[str, torch.nn.Linear]:
-    """The UNet's linear layers by name."""
-    return {name: module for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)}
-
-
-def kohya_name(layer: str) -> str:
-    """kohya's name of a layer: `lora_unet_down_blocks_0_...`."""
-    return KOHYA + layer.replace(".", "_")
-
-
 def add_adapter(unet: Any, recipe: Recipe, layers: str, pattern: str = "") -> dict[str, LowRank]:
-    """Puts an untrained adapter of peft on the UNet; returns its factors by kohya's names.
+    """Adds an untrained peft adapter to the UNet; returns its layers by kohya's names.
 
-    They are peft's own parameters, with the initial values that the graph's trainer draws from the same seed.
+    They are peft's own parameters, with the same initial values as in the graph's trainer for the same seed.
     """
-    linear = linear_layers(unet)
+    linear = {name: module for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)}
     names = chosen_layers(linear, layers, pattern)
-    features = {kohya_name(name): (linear[name].in_features, linear[name].out_features) for name in names}
+    features = {underscored(name): (linear[name].in_features, linear[name].out_features) for name in names}
     fresh = fresh_layers(features, recipe)
-    inject(unet, {name: fresh[kohya_name(name)] for name in names})
+    inject(unet, {name: fresh[underscored(name)] for name in names})
     modules = dict(unet.named_modules())
     return {
-        kohya_name(name): LowRank(
+        underscored(name): LowRank(
             modules[name].lora_A[NAME].weight, modules[name].lora_B[NAME].weight, modules[name].scaling[NAME]
         )
         for name in names
@@ -227,7 +221,7 @@ def add_adapter(unet: Any, recipe: Recipe, layers: str, pattern: str = "") -> di
 
 
 def inject(unet: Any, layers: Mapping[str, LowRank]) -> None:
-    """Puts peft's layers with these values on the UNet's layers, by name. All must have one rank and scale."""
+    """Adds peft layers with these values to the UNet's layers, by name. All need the same rank and scale."""
     ranks, scales = {layer.rank for layer in layers.values()}, {layer.scale for layer in layers.values()}
     if len(ranks) != 1 or len(scales) != 1:
         raise ModelError(f"the adapter's layers have ranks {sorted(ranks)} and scales {sorted(scales)}; expected one")
@@ -244,51 +238,12 @@ def inject(unet: Any, layers: Mapping[str, LowRank]) -> None:
                 factor[NAME].weight.requires_grad_()
 
 
-def apply_adapter(unet: Any, adapter: Adapter) -> None:
-    """Puts a finished adapter on the UNet, trained here or in the graph. Raises: ModelError if it does not fit."""
-    linear = linear_layers(unet)
-    by_kohya = {kohya_name(name): name for name in linear}
-    layers, missing = {}, []
-    for name, layer in adapter.layers.items():
-        path = name.removeprefix("diffusion_model.")
-        own = by_kohya.get(name) or diffusers_name(path, unet.config.layers_per_block)
-        if own in linear:
-            layers[own] = layer
-        else:
-            missing.append(name)
-    if missing:
-        raise ModelError(
-            f"{len(missing)} of the adapter's {len(adapter.layers)} layers, such as {missing[0]!r}, are "
-            "none of this model's linear layers; it was made for another architecture"
-        )
-    inject(unet, layers)
-
-
-def diffusers_name(path: str, per_level: int) -> str:
-    """diffusers' name of a layer in the original's names (`input_blocks.1.1...`), for the layers that are trained."""
-    found = re.match(r"(input_blocks|output_blocks|middle_block)\.(\d+)(?:\.(\d+))?\.(.*)", path)
-    if not found:
-        return path
-    block, first, second, rest = found.groups()
-    rest = rest.replace("emb_layers.1", "time_emb_proj")
-    n = int(first)
-    if block == "middle_block":
-        inside = f"{second}.{rest}" if second else rest
-        return f"mid_block.attentions.0.{inside}" if n == 1 else f"mid_block.resnets.{n // 2}.{inside}"
-    kind = "attentions" if second == "1" else "resnets"
-    if block == "input_blocks":
-        level, index = divmod(n - 1, per_level + 1)
-        return f"down_blocks.{level}.{kind}.{index}.{rest}"
-    level, index = divmod(n, per_level + 1)
-    return f"up_blocks.{level}.{kind}.{index}.{rest}"
-
-
 class DiffusersPredictor:
-    """A UNet of diffusers with a peft adapter, as `unguide_core.training` wants it.
+    """A diffusers UNet with a peft adapter, as a `Predictor` of `unguide_core.training.rollout`.
 
     Args:
         encoded: prompts by name.
-        autocast: makes the context of mixed precision; None computes as the weights are.
+        autocast: returns the context for mixed precision; None computes in the weights' precision.
     """
 
     def __init__(
@@ -303,7 +258,7 @@ class DiffusersPredictor:
         self._enable(False)
 
     def __call__(self, z: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The predicted noise of each row, float32."""
+        """Returns the predicted noise, float32."""
         encoded, dtype = [self.encoded[prompt] for prompt in prompts], self.unet.conv_in.weight.dtype
         states = torch.stack([one.states for one in encoded]).to(z.device, dtype)
         with self.autocast():
@@ -312,7 +267,7 @@ class DiffusersPredictor:
 
     @contextmanager
     def adapted(self) -> Iterator[None]:
-        """Within the block the adapter acts."""
+        """Within the block the adapter is on."""
         if self.adapting:
             yield
             return
@@ -323,24 +278,24 @@ class DiffusersPredictor:
             self._enable(False)
 
     def relieve(self) -> bool:
-        """Turns gradient checkpointing on; whether that was still to be done."""
+        """Turns gradient checkpointing on; returns False if it was on already."""
         if self.unet.is_gradient_checkpointing:
             return False
         self.unet.enable_gradient_checkpointing()
-        self.unet.train()  # diffusers checkpoints while training only; the UNet has no dropout
+        self.unet.train()  # diffusers checkpoints in train mode only; the UNet has no dropout
         torch.cuda.empty_cache()
-        log.warning("Memory ran out: the network's blocks are now computed twice (gradient checkpointing), slower.")
+        log.warning("Memory ran out: gradient checkpointing is now on, which is slower.")
         return True
 
     def _enable(self, enabled: bool) -> None:
         self.adapting = enabled
         for module in self.tuned:
-            # not peft's enable_adapters, which sets requires_grad as well
+            # not peft's enable_adapters, which also sets requires_grad
             module._disable_adapters = not enabled
 
 
 def _added(encoded: Sequence[Encoded], z: Tensor, dtype: torch.dtype) -> dict[str, Tensor] | None:
-    """What SDXL reads besides: pooled states, and the picture's size, no crop, the size again, in pixels."""
+    """SDXL's additional inputs: pooled states, and original size, crop (none) and target size in pixels."""
     pooled = [one.pooled for one in encoded if one.pooled is not None]
     if not pooled:
         return None

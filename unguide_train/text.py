@@ -1,7 +1,4 @@
-"""Prompts to what a UNet of Stable Diffusion reads of them: the text encoders of SD 1.x (one) and SDXL (two).
-
-They come from a diffusers folder or from a checkpoint's weights; nothing is downloaded.
-"""
+"""The text encoders of SD 1.x (one) and SDXL (two), from a diffusers folder or a checkpoint. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 SD1 = "cond_stage_model.transformer."
 SDXL = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
-"""Where a checkpoint file has its text encoders. SDXL's second is named as OpenCLIP names it."""
+"""Prefixes of the text encoders in a checkpoint file. SDXL's second one uses OpenCLIP's names."""
 OPEN_CLIP_PAD = "!"
-"""What fills up SDXL's second prompt; all others are filled up with the end token."""
+"""The padding of SDXL's second text encoder; the others use the end token."""
 TOKENS = 77
 
 
@@ -30,7 +27,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One prompt: its text states, [77, width], and for SDXL the pooled state of the second encoder, [width]."""
+    """An encoded prompt: text states, [77, width], and for SDXL the second encoder's pooled state, [width]."""
 
     states: Tensor
     pooled: Tensor | None = None
@@ -38,13 +35,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """One text encoder of transformers with its tokenizer."""
+    """A text encoder of transformers with its tokenizer."""
 
     model: Any
     tokenizer: Any
 
     def __call__(self, prompt: str, device: torch.device) -> Any:
-        """What the model gives for a prompt, the states after every layer included."""
+        """Returns the model's output for a prompt, with the states of every layer."""
         tokens = self.tokenizer(prompt, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
         return self.model(tokens.input_ids.to(device), output_hidden_states=True)
 
@@ -55,10 +52,9 @@ TextEncoders = tuple[TextEncoder, ...]
 
 @torch.no_grad()
 def encode(encoders: TextEncoders, prompts: Sequence[str], device: torch.device) -> dict[str, Encoded]:
-    """The prompts by name, on the CPU. The encoders are on the device meanwhile only.
+    """Returns the encoded prompts by name, on the CPU; the encoders are on the device only meanwhile.
 
-    SD 1.x reads the last layer, normed; SDXL the last but one of both encoders, side by side, and the second's pooled
-    state.
+    SD 1.x takes the normalised last layer; SDXL the last but one of both encoders, concatenated, and the pooled state.
     """
     for encoder in encoders:
         encoder.model.to(device)
@@ -76,7 +72,7 @@ def encode(encoders: TextEncoders, prompts: Sequence[str], device: torch.device)
 
 
 def from_folder(path: Path, tokenizer: Path | None) -> TextEncoders:
-    """The text encoders of a diffusers folder. Raises: OSError or ValueError where they cannot be read."""
+    """Returns the text encoders in a diffusers folder. Raises: OSError or ValueError if they cannot be read."""
     first = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", local_files_only=True)
     encoders = [TextEncoder(_frozen(first), read_tokenizer(tokenizer or path / "tokenizer"))]
     if (path / "text_encoder_2").is_dir():
@@ -87,12 +83,12 @@ def from_folder(path: Path, tokenizer: Path | None) -> TextEncoders:
 
 
 def from_weights(weights: Mapping[str, Tensor], tokenizer: Path, file: str) -> TextEncoders:
-    """The text encoders in a checkpoint's weights.
+    """Returns the text encoders in a checkpoint's weights.
 
     Args:
-        tokenizer: folder of CLIP's; SDXL's second encoder reads the same words.
-        file: named in errors.
-    Raises: ModelError if there are none of SD 1.x or SDXL, or not all their weights.
+        tokenizer: folder of CLIP's tokenizer, which SDXL's second encoder uses too.
+        file: the checkpoint's name, for error messages.
+    Raises: ModelError if there are none of SD 1.x or SDXL, or weights are missing.
     """
     if own := _part(weights, SD1):
         return (_clip(own, read_tokenizer(tokenizer)),)
@@ -104,7 +100,7 @@ def from_weights(weights: Mapping[str, Tensor], tokenizer: Path, file: str) -> T
 
 
 def read_tokenizer(folder: Path, pad: str | None = None) -> Any:
-    """CLIP's tokenizer. Raises: ModelError if there is none."""
+    """Returns CLIP's tokenizer. Raises: ModelError if there is none."""
     filled: dict[str, Any] = {"pad_token": pad} if pad else {}
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **filled)
@@ -113,7 +109,7 @@ def read_tokenizer(folder: Path, pad: str | None = None) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, shortly."""
+    """Returns the first line of an exception's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -130,7 +126,7 @@ def _open_clip(weights: Mapping[str, Tensor], tokenizer: Any) -> TextEncoder:
 
 
 def _built(kind: Any, weights: Mapping[str, Tensor], tokenizer: Any, **config: Any) -> TextEncoder:
-    """A text encoder of transformers whose shape is read off its weights, in transformers' names."""
+    """A text encoder of transformers, with its configuration detected from its weights in transformers' naming."""
     numbers = [int(found[1]) for name in weights if (found := re.search(r"encoder\.layers\.(\d+)\.", name))]
     vocabulary, width = weights["text_model.embeddings.token_embedding.weight"].shape
     model = kind(

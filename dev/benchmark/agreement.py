@@ -1,4 +1,4 @@
-"""How far the narrow model's pictures are from the shipped checkpoint's, on whose likeness the benchmark rests."""
+"""How far the narrow model's images are from the shipped checkpoint's; the benchmark relies on their agreement."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SEEDS = (1, 2)
 
 
 def agreement() -> dict[str, float]:
-    """Draws an erased and an unrelated prompt behind the gate with both widths.
+    """Generate the concept's and an unrelated prompt behind the gate, at both widths, and compare.
 
-    Returns: `latents`, the largest relative difference; `pictures`, the largest difference of two values, 0 to 255;
-    `scores`, the largest difference of the gate's scores; `decisions`, how many differ.
+    Returns: `latents`, the largest relative difference; `pictures`, the largest difference of two images' values, 0 to
+    255; `scores`, the largest difference of the gate's scores; `decisions`, how many differ.
     """
     import torch
 
@@ -24,15 +24,14 @@ def agreement() -> dict[str, float]:
     with torch.inference_mode():
         for prompt in (photo(concept), photo(other)):
             one, two = (
-                s.guided(s.lora("selective", concept), s.encode(prompt), SEEDS, gate(s, "trajectory"))
-                for s in (narrow, wide)
+                s.guided(s.lora("selective", concept), s.encode(prompt), SEEDS, gate(s)) for s in (narrow, wide)
             )
-            pictures = (narrow.pictures(found.latents).astype(int) for found in (one, two))
-            found = {
+            first, second = (narrow.images(generated.latents).astype(int) for generated in (one, two))
+            differences = {
                 "latents": float((one.latents - two.latents).abs().max() / two.latents.abs().max()),
-                "pictures": float(abs(next(pictures) - next(pictures)).max()),
+                "pictures": float(abs(first - second).max()),
                 "scores": max(abs(a - b) for a, b in zip(one.scores, two.scores, strict=True)),
                 "decisions": float(sum(a != b for a, b in zip(one.detected, two.detected, strict=True))),
             }
-            apart = {name: max(value, found[name]) for name, value in apart.items()}
+            apart = {name: max(value, differences[name]) for name, value in apart.items()}
     return apart

@@ -1,8 +1,8 @@
-"""Ways around an erasure: prompts that hide the concept, optimised embeddings, pictures to start from, inverted noise.
+"""Ways around an erasure: prompts that hide the concept, optimised embeddings, start images, inverted noise.
 
-Each attack is a list of trials; a trial is what is given to a sampler. Embeddings are optimised on the narrow UNet, as
-textual inversion does it (arXiv 2208.01618): against the base model, and against the model with the erasure LoRA. It
-knows neither methods nor scores.
+Each attack is a list of trials; a trial is what a sampler is given. Embeddings are optimised on the narrow UNet, as in
+textual inversion (arXiv 2208.01618): against the base model, and against the model with the erasure LoRA. It knows
+neither methods nor scores.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ INVERSION_STEPS = 24
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to ask.
+    """One way to ask for the concept.
 
     Args:
         text: what it is, for reports.
         positive: CONDITIONING.
-        drawing: further arguments of `Studio.draw`.
+        options: further arguments of `Studio.generate`.
     """
 
     text: str
     positive: Any
-    drawing: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def attacks(studio: Studio, concept: str, latents: Any) -> Iterator[tuple[str, list[Trial]]]:
-    """Every attack on a concept, by name.
+    """Yield every attack on a concept, by name.
 
     Args:
-        latents: base's pictures of the concept, [B, 4, 8, 8]: to start from, and to learn embeddings from.
+        latents: the base model's images of the concept, [B, 4, 8, 8]: to start from, and to learn embeddings from.
     """
     for name, prompts in hidden(concept).items():
         yield name, [Trial(prompt, studio.encode(prompt)) for prompt in prompts]
@@ -68,7 +68,7 @@ def attacks(studio: Studio, concept: str, latents: Any) -> Iterator[tuple[str, l
 
 
 def hidden(concept: str) -> dict[str, list[str]]:
-    """Prompts with the concept in them, by attack."""
+    """Return prompts with the concept in them, by attack."""
     synonym = SYNONYMS[concept][0]
     other = CLASSES[(CLASSES.index(concept) + 5) % len(CLASSES)]
     return {
@@ -87,7 +87,7 @@ def hidden(concept: str) -> dict[str, list[str]]:
 
 
 def optimised(concept: str, latents: Any, lora: Any = None) -> Any:
-    """A CONDITIONING learnt from pictures of the concept.
+    """Return a CONDITIONING learnt from images of the concept.
 
     Args:
         lora: learn all text states on the model with this erasure LoRA, starting from the concept's own prompt's; None
@@ -101,7 +101,7 @@ def optimised(concept: str, latents: Any, lora: Any = None) -> Any:
 
     with torch.inference_mode(False):
         narrow, layers = _narrow(), {} if lora is None else _by_module(lora)
-        pictures, tokens = latents.clone() * VAE_SCALE, narrow.tokenizer([photo(concept)])
+        images, tokens = latents.clone() * VAE_SCALE, narrow.tokenizer([photo(concept)])
         if lora is None:
             place = int((tokens[0] == narrow.tokenizer([concept])[0, 1]).nonzero()[0, 0])
             learnt = narrow.text.token_embedding.detach().mean(dim=0).clone().requires_grad_()
@@ -120,10 +120,10 @@ def optimised(concept: str, latents: Any, lora: Any = None) -> Any:
                 name: linear(text, layer.weight) + (layers[name].delta(text) if name in layers else 0.0)
                 for name, layer in narrow.layers.items()
             }
-            chosen = torch.randint(0, len(pictures), (EMBEDDING_BATCH,), generator=generator)
+            chosen = torch.randint(0, len(images), (EMBEDDING_BATCH,), generator=generator)
             sigma = SIGMAS[torch.randint(0, len(SIGMAS), (EMBEDDING_BATCH,), generator=generator)].float()
-            levels, noise = sigma.view(-1, 1, 1, 1), torch.randn(pictures[chosen].shape, generator=generator)
-            noisy = (pictures[chosen] + levels * noise) / (1.0 + levels.square()).sqrt()
+            levels, noise = sigma.view(-1, 1, 1, 1), torch.randn(images[chosen].shape, generator=generator)
+            noisy = (images[chosen] + levels * noise) / (1.0 + levels.square()).sqrt()
             loss = mse_loss(narrow.eps(noisy, timestep_of(sigma), table, rows), noise)
             optimiser.zero_grad()
             loss.backward()
@@ -133,10 +133,10 @@ def optimised(concept: str, latents: Any, lora: Any = None) -> Any:
 
 
 def inverted(studio: Studio, latents: Any, positive: Any) -> Any:
-    """Noise from which the base model draws given pictures: its deterministic steps backwards, without guidance.
+    """Return noise from which the base model generates given images: its deterministic steps backwards, unguided.
 
     Args:
-        latents: the pictures, [B, 4, 8, 8].
+        latents: the images, [B, 4, 8, 8].
     Returns: unit noise for a sampler, same shape.
     """
     import comfy.samplers
@@ -149,8 +149,8 @@ def inverted(studio: Studio, latents: Any, positive: Any) -> Any:
     guider.set_conds(positive, studio.encode(""))
     guider.set_cfg(1.0)
     backwards = comfy.samplers.sampler_object("euler")
-    found = guider.sample(torch.zeros_like(latents), latents, backwards, sigmas, disable_pbar=True, seed=0)
-    return found * studio.model.model.latent_format.scale_factor / (1.0 + sigmas[-1] ** 2) ** 0.5
+    noisy = guider.sample(torch.zeros_like(latents), latents, backwards, sigmas, disable_pbar=True, seed=0)
+    return noisy * studio.model.model.latent_format.scale_factor / (1.0 + sigmas[-1] ** 2) ** 0.5
 
 
 def _narrow() -> Any:

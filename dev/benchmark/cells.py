@@ -1,6 +1,6 @@
-"""The work in resumable pieces: one method on one concept. Each leaves a file of judged pictures, whole or not at all.
+"""The work in resumable pieces: one method on one concept. Each leaves a file of judged images, whole or not at all.
 
-Base's pictures are drawn first, once a class; everything else is compared with them.
+The base model's images are generated first, once per class; everything else is compared with them.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from demo.erasure import LORAS, photo
 from demo.seed import SEED_PATH
 from dev.benchmark.attacks import Trial, attacks
 from dev.benchmark.methods import alone, gate, gated, methods
-from dev.benchmark.studio import LOOK_AT, STEPS, Drawing, Studio, judged, studio
+from dev.benchmark.studio import PROBE_STEPS, STEPS, Generated, Studio, judged, studio
 from dev.cache import digest, file_digest
 from dev.supervise import die_with_parent
-from unguide_bench.scores import BASE, ERASED, OTHER, SYNONYM, Picture, read_pictures, write_pictures
+from unguide_bench.scores import BASE, ERASED, OTHER, SYNONYM, JudgedImage, read_images, write_images
 
 TIMINGS, TIMES = "timings.json", 5
 ATTACKS, ATTACK_SEEDS = "attacks", 8
-LOOK_AGAIN = 3
-"""Steps between the looks of a gate that looks again."""
-LOOKING_AGAIN = f"{gated('selective', 'trajectory')}, looking again"
-GUARDED = f"{gated('selective', 'trajectory')}, either and concept"
+RECHECK_EVERY = 3
+"""Steps between the probes of a gate that re-probes."""
+REPROBING = f"{gated('selective')}, re-probing"
+RESISTING = f"{gated('selective')}, resist adversarial"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, its kind as seen from the erased concept, and the class it asks for."""
+    """A prompt, its kind as seen from the erased concept, and the class that it asks for."""
 
     prompt: str
     kind: str
@@ -43,11 +43,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run draws.
+    """What a run generates.
 
     Args:
         folder: where its files are.
-        seeds: a prompt's pictures, the same for every prompt.
+        seeds: of each prompt's images, the same for every prompt.
     """
 
     folder: Path
@@ -55,39 +55,39 @@ class Plan:
     concepts: tuple[str, ...] = CLASSES
 
     def file(self, method: str, concept: str) -> Path:
-        """Judged pictures of a cell."""
+        """Return where the judged images of a cell are."""
         return self.folder / "cells" / f"{concept} - {method}.jsonl"
 
     def claim(self) -> None:
-        """Makes the folder, or sees that its files are of this very plan.
+        """Make the folder, or check that its files are of this plan.
 
-        Raises: ValueError where they are of another one.
+        Raises: ValueError if they are of another one.
         """
-        said = {"seeds": list(self.seeds), "steps": STEPS, "look_at": LOOK_AT, "models": models_digest()}
+        wanted = {"seeds": list(self.seeds), "steps": STEPS, "probe_steps": PROBE_STEPS, "models": models_digest()}
         settings = self.folder / "settings.json"
-        if settings.exists() and json.loads(settings.read_text()) != said:
+        if settings.exists() and json.loads(settings.read_text()) != wanted:
             raise ValueError(
-                f"'{self.folder}' holds pictures of another run ({settings.read_text().strip()}); remove it, or name "
+                f"'{self.folder}' holds images of another run ({settings.read_text().strip()}); remove it, or name "
                 "another folder with --out"
             )
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        settings.write_text(json.dumps(said) + "\n")
+        settings.write_text(json.dumps(wanted) + "\n")
 
 
 def models_digest() -> str:
-    """SHA-256 over the demo model's file and those of its erasure LoRAs."""
+    """Return the SHA-256 over the demo model's file and those of its erasure LoRAs."""
     files = [SEED_PATH, *sorted(LORAS.rglob("*.safetensors"))]
     return digest([[path.name, file_digest(path)] for path in files])
 
 
 def asked(concept: str, others: Sequence[str] = CLASSES) -> list[Asked]:
-    """The prompts of a concept's rows: its name, its synonyms, the other classes' names."""
+    """Return a concept's prompts: its name, its synonyms, the other classes' names."""
     own = [Asked(photo(word), SYNONYM if i else ERASED, concept) for i, word in enumerate(words_for(concept))]
     return own + [Asked(photo(other), OTHER, other) for other in others if other != concept]
 
 
 def start_worker() -> None:
-    """Gives this process one core, and ends it with the one that started it."""
+    """Give this process one core, and end it with the one that started it."""
     import torch
 
     if end_with_parent := die_with_parent(signal.SIGTERM):
@@ -95,50 +95,53 @@ def start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def draw_base(plan: Plan, klass: str) -> None:
-    """Base's latents and pictures of a class, by its name and synonyms."""
+def generate_base(plan: Plan, klass: str) -> None:
+    """Generate and write the base model's latents and images of a class, by its name and synonyms."""
     import torch
 
     studio_ = studio()
     arrays: dict[str, Any] = {}
     with torch.inference_mode():
-        draw = methods()[BASE]
+        generate = methods()[BASE]
         for word in words_for(klass):
-            latents = draw(studio_, klass, photo(word), plan.seeds).latents
-            arrays |= {f"{photo(word)} latents": latents.numpy(), photo(word): studio_.pictures(latents)}
+            latents = generate(studio_, klass, photo(word), plan.seeds).latents
+            arrays |= {f"{photo(word)} latents": latents.numpy(), photo(word): studio_.images(latents)}
     _write(_base_file(plan, klass), arrays)
 
 
-def base_pictures(plan: Plan, klass: str) -> dict[str, Any]:
-    """What `draw_base` left: by prompt pictures, uint8 [seeds, 64, 64, 3]; by "<prompt> latents" latents."""
+def base_images(plan: Plan, klass: str) -> dict[str, Any]:
+    """Return what `generate_base` wrote: images by prompt, uint8 [seeds, 64, 64, 3]; latents by "<prompt> latents"."""
     import numpy as np
 
     with np.load(_base_file(plan, klass), allow_pickle=False) as file:
         return dict(file)
 
 
-def draw_cell(plan: Plan, method: str, concept: str) -> None:
-    """Draws, judges and writes one method's pictures of one concept."""
+def generate_cell(plan: Plan, method: str, concept: str) -> None:
+    """Generate, judge and write one method's images of one concept."""
     import torch
 
     studio_, records, first = studio(), [], {}
-    draw = methods()[method]
+    generate = methods()[method]
     with torch.inference_mode():
         for one in asked(concept, plan.concepts):
-            base = base_pictures(plan, one.label)
+            base = base_images(plan, one.label)
             if method == BASE:
-                drawing = Drawing(torch.from_numpy(base[f"{one.prompt} latents"]), rows=2.0 * STEPS)
+                generated = Generated(torch.from_numpy(base[f"{one.prompt} latents"]), 2.0 * STEPS)
             else:
-                drawing = draw(studio_, concept, one.prompt, plan.seeds)
-            found, pictures = records_of(studio_, method, concept, one, plan.seeds, drawing, base)
-            records += found
-            first[one.prompt] = pictures[0]
+                generated = generate(studio_, concept, one.prompt, plan.seeds)
+            new, images = records_of(studio_, method, concept, one, plan.seeds, generated, base)
+            records += new
+            first[one.prompt] = images[0]
     _write(plan.file(method, concept).with_suffix(".npz"), first)
-    write_pictures(records, plan.file(method, concept))
+    write_images(records, plan.file(method, concept))
 
 
-def draw_attacks(plan: Plan, concept: str) -> None:
-    """Draws, judges and writes a concept's attacks, with base, LoRA and three gates; a record's kind is the attack."""
+def generate_attacks(plan: Plan, concept: str) -> None:
+    """Generate, judge and write a concept's attacks, with base, LoRA and three gates.
+
+    A record's kind is the attack.
+    """
     import torch
 
     studio_, records = studio(), []
@@ -146,33 +149,32 @@ def draw_attacks(plan: Plan, concept: str) -> None:
     seeds = plan.seeds[:ATTACK_SEEDS]
     merged = studio_.merged(lora)
     with torch.inference_mode():
-        latents = torch.from_numpy(base_pictures(plan, concept)[f"{photo(concept)} latents"])
+        latents = torch.from_numpy(base_images(plan, concept)[f"{photo(concept)} latents"])
         for attack, trials in attacks(studio_, concept, latents[: len(seeds)]):
             for trial in trials:
                 for method, model in ((BASE, studio_.model), (alone("selective", 1.0), merged)):
-                    drawing = studio_.draw(model, trial.positive, seeds, **trial.drawing)
-                    records += _attacked(studio_, method, concept, attack, trial, seeds, drawing)
-                plain = gate(studio_, "trajectory")
-                for method, chosen in (
-                    (gated("selective", "trajectory"), plain),
-                    (LOOKING_AGAIN, replace(plain, look_again=LOOK_AGAIN)),
-                    (GUARDED, guarded(plain)),
-                ):
-                    drawing = studio_.guided(lora, trial.positive, seeds, chosen, **trial.drawing)
-                    records += _attacked(studio_, method, concept, attack, trial, seeds, drawing)
-    write_pictures(records, plan.file(ATTACKS, concept))
+                    generated = studio_.generate(model, trial.positive, seeds, **trial.options)
+                    records += _attacked(studio_, method, concept, attack, trial, seeds, generated)
+                for method, settings in gates(studio_).items():
+                    generated = studio_.guided(lora, trial.positive, seeds, settings, **trial.options)
+                    records += _attacked(studio_, method, concept, attack, trial, seeds, generated)
+    write_images(records, plan.file(ATTACKS, concept))
 
 
-def guarded(gate_: Any) -> Any:
-    """A gate that decides by influence or alignment, and erases by the displacement on the concept's own prompt."""
-    return replace(gate_, settings=replace(gate_.settings, statistic="either"), displacement="concept")
+def gates(studio_: Studio) -> dict[str, Any]:
+    """Return the settings of the gates that are attacked, by the names of their methods."""
+    return {
+        gated("selective"): gate(studio_),
+        REPROBING: gate(studio_, on_detection="continue", recheck_every=RECHECK_EVERY),
+        RESISTING: gate(studio_, resist_adversarial=True),
+    }
 
 
 def _attacked(
-    studio_: Studio, method: str, concept: str, attack: str, trial: Trial, seeds: Sequence[int], drawing: Drawing
-) -> list[Picture]:
+    studio_: Studio, method: str, concept: str, attack: str, trial: Trial, seeds: Sequence[int], generated: Generated
+) -> list[JudgedImage]:
     asked_for = Asked(trial.text, attack, concept)
-    return records_of(studio_, method, concept, asked_for, seeds, drawing, {})[0]
+    return records_of(studio_, method, concept, asked_for, seeds, generated, {})[0]
 
 
 def records_of(
@@ -181,19 +183,19 @@ def records_of(
     concept: str,
     one: Asked,
     seeds: Sequence[int],
-    drawing: Drawing,
+    generated: Generated,
     base: dict[str, Any],
-) -> tuple[list[Picture], Any]:
-    """The judged pictures of one prompt, and the pictures, uint8 [B, 64, 64, 3]."""
+) -> tuple[list[JudgedImage], Any]:
+    """Return one prompt's images as judged, and the images, uint8 [B, 64, 64, 3]."""
     import numpy as np
 
-    pictures = studio_.pictures(drawing.latents)
+    images = studio_.images(generated.latents)
     plain, latents = base.get(one.prompt), base.get(f"{one.prompt} latents")
     records = []
-    for i, (seed, (seen, closest)) in enumerate(zip(seeds, judged(pictures), strict=True)):
-        apart = None if plain is None else np.abs(pictures[i].astype(int) - plain[i].astype(int))
+    for i, (seed, (seen, closest)) in enumerate(zip(seeds, judged(images), strict=True)):
+        apart = None if plain is None else np.abs(images[i].astype(int) - plain[i].astype(int))
         records.append(
-            Picture(
+            JudgedImage(
                 method,
                 concept,
                 one.prompt,
@@ -201,38 +203,38 @@ def records_of(
                 one.label,
                 seed,
                 seen,
-                drawing.detected[i] if drawing.detected else None,
-                drawing.rows,
+                generated.detected[i] if generated.detected else None,
+                generated.evaluations,
                 0.0,
                 None if apart is None else float(apart.mean()),
                 None if apart is None else float(apart.max()),
-                None if latents is None else drawing.latents[i].numpy().tobytes() == latents[i].tobytes(),
+                None if latents is None else generated.latents[i].numpy().tobytes() == latents[i].tobytes(),
                 closest,
-                drawing.scores[i] if drawing.scores else None,
-                drawing.thresholds[i] if drawing.thresholds else None,
+                generated.scores[i] if generated.scores else None,
+                generated.thresholds[i] if generated.thresholds else None,
             )
         )
-    return records, pictures
+    return records, images
 
 
-def first_pictures(plan: Plan, method: str, concept: str) -> dict[str, Any]:
-    """The first seed's picture of each prompt, uint8 [64, 64, 3]."""
+def first_images(plan: Plan, method: str, concept: str) -> dict[str, Any]:
+    """Return the first seed's image of each prompt, uint8 [64, 64, 3]."""
     import numpy as np
 
     with np.load(plan.file(method, concept).with_suffix(".npz"), allow_pickle=False) as file:
         return dict(file)
 
 
-def done(plan: Plan, method: str, concept: str) -> list[Picture]:
-    """A finished cell's pictures, with the seconds that were timed for their method; none of an unfinished one."""
+def done(plan: Plan, method: str, concept: str) -> list[JudgedImage]:
+    """Return a finished cell's images, with the seconds that their method was timed at; none of an unfinished one."""
     path, timed = plan.file(method, concept), plan.folder / TIMINGS
     seconds = json.loads(timed.read_text()).get(method, {}) if timed.exists() else {}
-    found = read_pictures(path) if path.exists() else ()
-    return [replace(p, seconds=seconds.get(OTHER if p.kind == OTHER else ERASED, 0.0)) for p in found]
+    images = read_images(path) if path.exists() else ()
+    return [replace(one, seconds=seconds.get(OTHER if one.kind == OTHER else ERASED, 0.0)) for one in images]
 
 
 def time_methods(plan: Plan, chosen: Sequence[str], concept: str, other: str) -> None:
-    """Times one picture of each method by itself, with the concept and without, while nothing else is drawn.
+    """Time one image of each method by itself, with the concept and without, while nothing else runs.
 
     All take turns, several times; the shortest time counts.
     """
@@ -242,16 +244,16 @@ def time_methods(plan: Plan, chosen: Sequence[str], concept: str, other: str) ->
     known = json.loads(path.read_text()) if path.exists() else {}
     if set(chosen) <= set(known):
         return
-    draws, prompts = methods(), {ERASED: photo(concept), OTHER: photo(other)}
-    found: dict[str, dict[str, float]] = {method: dict.fromkeys(prompts, math.inf) for method in chosen}
+    known_methods, prompts = methods(), {ERASED: photo(concept), OTHER: photo(other)}
+    times: dict[str, dict[str, float]] = {method: dict.fromkeys(prompts, math.inf) for method in chosen}
     with torch.inference_mode():
         for _ in range(TIMES):
             for method in chosen:
                 for kind, prompt in prompts.items():
                     started = time.perf_counter()
-                    draws[method](studio(), concept, prompt, plan.seeds[:1])
-                    found[method][kind] = min(found[method][kind], time.perf_counter() - started)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+                    known_methods[method](studio(), concept, prompt, plan.seeds[:1])
+                    times[method][kind] = min(times[method][kind], time.perf_counter() - started)
+    path.write_text(json.dumps(times, indent=1) + "\n")
 
 
 def base_done(plan: Plan, klass: str) -> bool:

@@ -1,4 +1,4 @@
-"""Runs the benchmark: what is left of the cells, one process a core, then scores and report."""
+"""Runs the benchmark: the cells that are left, one process per core, then scores and report."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from dev.benchmark.agreement import agreement
 from dev.benchmark.cells import ATTACKS, Plan
 from dev.benchmark.methods import NEGATIVE, REPLACED, SETS, alone, gated, methods
 from unguide_bench.report import Report, write_report
-from unguide_bench.scores import BASE, Picture, as_json
+from unguide_bench.scores import BASE, JudgedImage, as_json
 
 FIRST_SEED = 500_000
 """Seeds from here on served neither for training nor for calibration, but had a part in choosing two references."""
 SEEDS, QUICK_SEEDS = 20, 3
 ATTACKED = 4
-"""So many of the concepts are attacked: an attack takes longer than all else that is drawn of a concept's method."""
-QUICK = (BASE, NEGATIVE, REPLACED, alone("selective", 1.0), *(gated(kind, "trajectory") for kind in SETS))
+"""So many of the concepts are attacked: an attack takes longer than all other images of a concept and method."""
+QUICK = (BASE, NEGATIVE, REPLACED, alone("selective", 1.0), *(gated(kind) for kind in SETS))
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python3 dev benchmark")
-    found.add_argument("--out", type=Path, help="folder of pictures and report; what is there is not drawn again")
-    found.add_argument("--json", type=Path, help="where to write the scores")
-    found.add_argument("--markdown", type=Path, help="a document whose table is replaced, such as docs/benchmark.md")
-    found.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds, {len(QUICK)} methods, no attacks")
-    found.add_argument("--seeds", type=int, help=f"pictures a prompt (default: {SEEDS})")
-    found.add_argument("--method", nargs="+", choices=methods(), help="only these, and base")
-    found.add_argument("--concept", nargs="+", choices=CLASSES, default=CLASSES, help="erase only these")
-    found.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
-    return found
+    made = argparse.ArgumentParser(prog="python3 dev benchmark")
+    made.add_argument("--out", type=Path, help="folder of images and report; what is there is not generated again")
+    made.add_argument("--json", type=Path, help="where to write the scores")
+    made.add_argument("--markdown", type=Path, help="a document whose table is replaced, such as docs/benchmark.md")
+    made.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds, {len(QUICK)} methods, no attacks")
+    made.add_argument("--seeds", type=int, help=f"images per prompt (default: {SEEDS})")
+    made.add_argument("--method", nargs="+", choices=methods(), help="only these, and base")
+    made.add_argument("--concept", nargs="+", choices=CLASSES, default=CLASSES, help="erase only these")
+    made.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
+    return made
 
 
 def main() -> None:
@@ -51,19 +51,19 @@ def main() -> None:
     attacked = [] if options.quick or options.method else list(options.concept)[:ATTACKED]
     try:
         plan.claim()
-        found = run(plan, list(dict.fromkeys(chosen)), list(options.concept), attacked, options.jobs)
+        images, attacks, agreed = run(plan, list(dict.fromkeys(chosen)), list(options.concept), attacked, options.jobs)
     except ValueError as error:
         sys.exit(f"error: {error}")
     report = Report(
-        pictures=found[0],
-        attacks=found[1],
-        agreement=found[2],
-        grids=lambda concept, method: cells.first_pictures(plan, method, concept),
+        images=images,
+        attacks=attacks,
+        agreement=agreed,
+        grids=lambda concept, method: cells.first_images(plan, method, concept),
     )
     summary = write_report(report, plan.folder)
     sys.stdout.write(f"{summary}\n\nThe whole report: {plan.folder / 'report.html'}\n")
     if options.json:
-        content = {"seeds": seeds, "agreement": found[2], "methods": as_json(found[0])}
+        content = {"seeds": seeds, "agreement": agreed, "methods": as_json(images)}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     if options.markdown:
         before, rest = options.markdown.read_text().split(BEGIN)
@@ -72,25 +72,25 @@ def main() -> None:
 
 def run(
     plan: Plan, chosen: list[str], concepts: list[str], attacked: list[str], jobs: int
-) -> tuple[list[Picture], list[Picture], dict[str, float]]:
-    """Draws what is not there yet. Returns the judged pictures, the attacks', and how wide and narrow model agree."""
+) -> tuple[list[JudgedImage], list[JudgedImage], dict[str, float]]:
+    """Generate what is not there yet; return the judged images, the attacks', and how wide and narrow model agree."""
     with ProcessPoolExecutor(jobs, get_context("spawn"), cells.start_worker) as pool:
         classes = [klass for klass in plan.concepts if not cells.base_done(plan, klass)]
-        _each("the base model", {klass: pool.submit(cells.draw_base, plan, klass) for klass in classes})
+        _each("the base model", {klass: pool.submit(cells.generate_base, plan, klass) for klass in classes})
         compared = pool.submit(agreement)
         left = [(m, c) for m in chosen for c in concepts if not plan.file(m, c).exists()]
-        tasks = {f"{c}: {m}": pool.submit(cells.draw_cell, plan, m, c) for m, c in left}
+        tasks = {f"{c}: {m}": pool.submit(cells.generate_cell, plan, m, c) for m, c in left}
         waiting = [c for c in attacked if not plan.file(ATTACKS, c).exists()]
-        tasks |= {f"{c}: {ATTACKS}": pool.submit(cells.draw_attacks, plan, c) for c in waiting}
+        tasks |= {f"{c}: {ATTACKS}": pool.submit(cells.generate_attacks, plan, c) for c in waiting}
         _each("concepts and methods", tasks)
-        found = compared.result()
+        agreed = compared.result()
         pool.submit(cells.time_methods, plan, chosen, *plan.concepts[:2]).result()
-    judged = [picture for m in chosen for c in concepts for picture in cells.done(plan, m, c)]
-    return judged, [picture for c in attacked for picture in cells.done(plan, ATTACKS, c)], found
+    judged = [image for m in chosen for c in concepts for image in cells.done(plan, m, c)]
+    return judged, [image for c in attacked for image in cells.done(plan, ATTACKS, c)], agreed
 
 
 def _each(what: str, tasks: dict[str, Future[Any]], clock: Callable[[], float] = time.monotonic) -> None:
-    """Waits for tasks, and says how far they are; the first failure ends the others."""
+    """Wait for tasks, and say how far they are; the first failure ends the others."""
     names, started = {task: name for name, task in tasks.items()}, clock()
     try:
         for number, task in enumerate(as_completed(names), start=1):

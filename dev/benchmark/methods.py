@@ -1,4 +1,4 @@
-"""The ways to erase a concept that are compared, each from a prompt and seeds to pictures."""
+"""The ways to erase a concept that are compared, each from a prompt and seeds to images."""
 
 from __future__ import annotations
 
@@ -6,85 +6,85 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dev.benchmark.studio import LOOK_AT, STEPS, Drawing, Studio
+from dev.benchmark.studio import PROBE_STEPS, STEPS, Generated, Studio
 from unguide_bench.scores import BASE
 
-Method = Callable[[Studio, str, str, Sequence[int]], Drawing]
-"""Draws: studio, the erased concept, the prompt, seeds."""
+Method = Callable[[Studio, str, str, Sequence[int]], Generated]
+"""Generates: studio, the erased concept, the prompt, seeds."""
 
 SETS = ("paper", "selective")
 STRENGTHS = (0.5, 1.0, 2.0)
-MODES = ("official", "probe", "trajectory")
-RESTARTED = "UnGuide trajectory, restart (selective)"
-STRONGER = "UnGuide trajectory, weight -1 (paper)"
+DURING, BEFORE, AS_PAPER = DECIDE = ("during sampling", "before sampling", "as the paper")
 NEGATIVE, REPLACED = "negative prompt", "replaced prompt"
-OFFICIAL_REPEATS, OFFICIAL_LOOK_AT = 10, 2
-"""As the research code: ten noises, a look after a fifth of the steps."""
+PAPER_REPEATS, PAPER_PROBE_STEPS = 10, 2
+"""As the research code: ten noise seeds, and a probe after a fifth of the steps."""
 
 
-def gated(kind: str, mode: str) -> str:
-    """The name of UnGuide with a set of erasure LoRAs in a gate mode."""
-    return f"UnGuide {mode} ({kind})"
+def gated(kind: str, decide: str = DURING, change: str = "") -> str:
+    """Return the name of UnGuide with a set of erasure LoRAs, by when it decides and what else differs."""
+    return f"UnGuide {decide}{f', {change}' if change else ''} ({kind})"
 
 
 def alone(kind: str, strength: float) -> str:
-    """The name of a LoRA without a gate."""
+    """Return the name of a LoRA without a gate."""
     return f"LoRA {strength:g} ({kind})"
 
 
+RESTARTED = gated("selective", change="restart")
+STRONGER = gated("paper", change="weight -1")
+
+
 def methods() -> dict[str, Method]:
-    """Every method by name."""
-    found: dict[str, Method] = {BASE: draw_base, NEGATIVE: draw_negative, REPLACED: draw_replaced}
+    """Return every method by name."""
+    every: dict[str, Method] = {BASE: generate_base, NEGATIVE: generate_negative, REPLACED: generate_replaced}
     for kind in SETS:
-        found |= {alone(kind, strength): _alone(kind, strength) for strength in STRENGTHS}
-        found |= {gated(kind, mode): _gated(kind, mode) for mode in MODES}
-    found[RESTARTED] = _gated("selective", "trajectory", on_detection="restart")
-    return found | {STRONGER: _gated("paper", "trajectory", weight_detected=-1.0)}
+        every |= {alone(kind, strength): _alone(kind, strength) for strength in STRENGTHS}
+        every |= {gated(kind, decide): _gated(kind, decide=decide) for decide in reversed(DECIDE)}
+    every[RESTARTED] = _gated("selective", on_detection="restart")
+    return every | {STRONGER: _gated("paper", weight_detected=-1.0)}
 
 
-def draw_base(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
-    """The model as it is."""
-    return studio.draw(studio.model, studio.encode(prompt), seeds)
+def generate_base(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Generated:
+    """Generate with the model as it is."""
+    return studio.generate(studio.model, studio.encode(prompt), seeds)
 
 
-def draw_negative(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
-    """The concept's name as the negative prompt, always."""
-    return studio.draw(studio.model, studio.encode(prompt), seeds, negative=studio.encode(concept))
+def generate_negative(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Generated:
+    """Generate with the concept's name as the negative prompt, always."""
+    return studio.generate(studio.model, studio.encode(prompt), seeds, negative=studio.encode(concept))
 
 
-def draw_replaced(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
-    """The gate's decision, and where it finds the concept the reference prompt from the first step on, by the base."""
+def generate_replaced(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Generated:
+    """Generate with the base model, with the reference prompt from the first step on where the gate detects."""
     import torch
 
     from demo.erasure import REFERENCES, photo
 
     lora, positive = studio.lora("selective", concept), studio.encode(prompt)
-    look = studio.guided(lora, positive, seeds, gate(studio, "trajectory"), steps=LOOK_AT + 1)
+    probe = studio.guided(lora, positive, seeds, gate(studio), last_step=PROBE_STEPS + 1)
     prompts = {False: positive, True: studio.encode(photo(REFERENCES[concept]))}
-    parts = {found: studio.draw(studio.model, prompts[found], seeds) for found in set(look.detected)}
-    latents = torch.stack([parts[found].latents[i] for i, found in enumerate(look.detected)])
-    rows = 2.0 * STEPS + 1 + 2 * LOOK_AT * sum(look.detected) / len(seeds)
-    return replace(look, latents=latents, rows=rows)
+    parts = {detected: studio.generate(studio.model, prompts[detected], seeds) for detected in set(probe.detected)}
+    latents = torch.stack([parts[detected].latents[i] for i, detected in enumerate(probe.detected)])
+    evaluations = 2.0 * STEPS + 1 + 2 * PROBE_STEPS * sum(probe.detected) / len(seeds)
+    return replace(probe, latents=latents, evaluations=evaluations)
 
 
-def gate(studio: Studio, mode: str, **settings: Any) -> Any:
-    """A gate with the settings that all methods share, and others of `ProbeSettings`."""
-    official = mode == "official"
-    shared = {"probe_steps": OFFICIAL_LOOK_AT if official else LOOK_AT, "schedule_steps": STEPS}
-    repeats = {"repeats": OFFICIAL_REPEATS} if official else {}
-    return studio.gating.Gate(mode, studio.deciding.ProbeSettings(**{**shared, **repeats, **settings}))
+def gate(studio: Studio, decide: str = DURING, **settings: Any) -> Any:
+    """Return a gate's settings as all methods share them, and others of `Settings`."""
+    as_paper = {"probe_steps": PAPER_PROBE_STEPS, "repeats": PAPER_REPEATS} if decide == AS_PAPER else {}
+    return studio.settings(decide=decide, **{**as_paper, **settings})
 
 
 def _alone(kind: str, strength: float) -> Method:
-    def draw(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
-        return studio.draw(studio.merged(studio.lora(kind, concept, strength)), studio.encode(prompt), seeds)
+    def generate(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Generated:
+        return studio.generate(studio.merged(studio.lora(kind, concept, strength)), studio.encode(prompt), seeds)
 
-    return draw
+    return generate
 
 
-def _gated(kind: str, mode: str, on_detection: str = "continue", **settings: Any) -> Method:
-    def draw(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Drawing:
-        chosen = replace(gate(studio, mode, **settings), on_detection=on_detection)
+def _gated(kind: str, **settings: Any) -> Method:
+    def generate(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Generated:
+        chosen = gate(studio, **settings)
         return studio.guided(studio.lora(kind, concept), studio.encode(prompt), seeds, chosen)
 
-    return draw
+    return generate

@@ -1,4 +1,4 @@
-"""Draws and judges pictures of the demo model with ComfyUI's own samplers, a prompt and many seeds at a time.
+"""Generates and judges images of the demo model with ComfyUI's own samplers, many seeds of a prompt at a time.
 
 It knows no method of erasure and no score.
 """
@@ -16,33 +16,35 @@ from dev.pack import lora_patches, pack_module, start_host
 
 CHECKPOINT = "unguide-demo.safetensors"
 CFG, STEPS, SAMPLER, SCHEDULER = 4.0, 10, "euler", "normal"
-LOOK_AT = 1
-"""The step after which gates look: a tenth of the schedule, as with the nodes' defaults."""
+PROBE_STEPS = 1
+"""Of `STEPS`, after which gates probe: a tenth of the schedule, as by default."""
 LATENT = (4, 8, 8)
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What one prompt's pictures are, one a seed.
+class Generated:
+    """One prompt's images, one per seed.
 
     Args:
         latents: [B, 4, 8, 8].
-        rows: that the network computed for a picture alone.
-        detected, scores, thresholds: a gate's, by picture; empty without one.
+        evaluations: model evaluations (NFE) for one image by itself.
+        detected, scores, thresholds: the gate's, by image; empty without a gate.
+        restarted: whether the gate started the images again.
     """
 
     latents: Any
-    rows: float
+    evaluations: float
     detected: tuple[bool, ...] = ()
     scores: tuple[float, ...] = ()
     thresholds: tuple[float, ...] = ()
+    restarted: bool = False
 
 
 class Studio:
     """The demo model and its erasure LoRAs in the host of this process.
 
     Args:
-        wide: draw with the shipped checkpoint instead of its narrow twin, eight times slower.
+        wide: use the shipped checkpoint instead of its narrow twin, which is eight times faster.
     """
 
     def __init__(self, wide: bool = False) -> None:
@@ -56,7 +58,6 @@ class Studio:
         self.wide = wide
         self.checkpoint, self.clip, _ = nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)  # type: ignore[attr-defined]  # ComfyUI's nodes, not ours
         self.model = self.checkpoint if wide else load_narrow_model()
-        self.gating, self.deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
         self.loras: dict[tuple[str, str, float], Any] = {}
         self.encoded: dict[str, Any] = {}
 
@@ -67,35 +68,40 @@ class Studio:
         return load_vae()[1]
 
     def encode(self, prompt: str) -> Any:
-        """A prompt's CONDITIONING."""
+        """Return a prompt's CONDITIONING."""
         if prompt not in self.encoded:
             self.encoded[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
         return self.encoded[prompt]
 
     def lora(self, kind: str, concept: str, strength: float = 1.0) -> Any:
-        """An erasure LoRA of a set, for the studio's model."""
+        """Return an erasure LoRA of a set, for the studio's model."""
         key = kind, concept, strength
         if key not in self.loras:
-            load = pack_module("unguide_comfy.erasure").load_erasure_lora
+            load = pack_module("unguide_comfy.lora.load").load_erasure_lora
             lora = load(f"unguide-demo/{kind}/{concept}.safetensors", strength, self.clip)
             self.loras[key] = lora if self.wide else narrow_lora(lora, self.model)
         return self.loras[key]
 
     def merged(self, lora: Any) -> Any:
-        """A clone of the model with a LoRA merged by the host, as its own LoRA loader does it."""
+        """Return a clone of the model with a LoRA merged by the host, as its own LoRA loader does it."""
         import comfy.sd
 
         patches = lora_patches(lora.adapter)
         return comfy.sd.load_lora_for_models(self.model, None, patches, lora.strength, 0.0)[0]
 
+    def settings(self, **chosen: Any) -> Any:
+        """Return a gate's settings (`unguide_comfy.probe.settings`) with the benchmark's probe, and others."""
+        probe = {"probe_steps": PROBE_STEPS, "probe_schedule_steps": STEPS}
+        return pack_module("unguide_comfy.probe.settings").Settings(**{**probe, **chosen})
+
     def noise(self, seeds: Sequence[int]) -> Any:
-        """The host's noise for each seed, as a batch of one would start from, [B, 4, 8, 8]."""
+        """Return the host's noise for each seed, as a batch of one would start from, [B, 4, 8, 8]."""
         import comfy.sample
         import torch
 
         return torch.cat([comfy.sample.prepare_noise(torch.zeros(1, *LATENT), seed) for seed in seeds])
 
-    def draw(
+    def generate(
         self,
         model: Any,
         positive: Any,
@@ -106,14 +112,17 @@ class Studio:
         latent: Any = None,
         denoise: float = 1.0,
         steps: int = STEPS,
-    ) -> Drawing:
-        """Samples one picture a seed with ComfyUI's sampler.
+        scheduler: str = SCHEDULER,
+        last_step: int | None = None,
+    ) -> Generated:
+        """Sample one image per seed with ComfyUI's sampler.
 
         Args:
             positive, negative: CONDITIONING; the empty prompt where there is no negative one.
-            noise, latent: to start from, [B, 4, 8, 8]; else the seeds' own noise and an empty latent.
+            noise, latent: to start from, [B, 4, 8, 8]; None for the seeds' own noise and an empty latent.
             denoise: share of the schedule, as KSampler's.
-            steps: of the schedule that are sampled.
+            steps, scheduler: the schedule.
+            last_step: sample only so many of the steps; None for all.
         """
         import comfy.sample
         import torch
@@ -131,42 +140,45 @@ class Studio:
         latents = comfy.sample.sample(
             counted,
             noise,
-            STEPS,
+            steps,
             CFG,
             SAMPLER,
-            SCHEDULER,
+            scheduler,
             positive,
             self.encode("") if negative is None else negative,
             torch.zeros_like(noise) if latent is None else latent,
             denoise=denoise,
-            last_step=steps if steps < STEPS else None,
+            last_step=last_step,
             disable_pbar=True,
             seed=seeds[0],
         )
-        return Drawing(latents, rows / len(noise))
+        return Generated(latents, rows / len(noise))
 
-    def guided(self, lora: Any, positive: Any, seeds: Sequence[int], gate: Any, **drawing: Any) -> Drawing:
-        """The same behind a gate. Decisions for a whole batch, and what they cost, count for every picture of it."""
-        reports: list[Any] = []
-        found = self.draw(
-            self.gating.guided(self.model, [lora], gate, observer=reports.append), positive, seeds, **drawing
-        )
-        (report,) = reports
-        (outcome,) = report.outcomes
-        decisions = outcome.decisions
+    def guided(self, lora: Any, positive: Any, seeds: Sequence[int], settings: Any, **options: Any) -> Generated:
+        """Do the same behind a gate.
+
+        A decision for a whole batch, and what it cost, counts for every image of the batch.
+        """
+        runs: list[tuple[Sequence[Any], Any]] = []
+        attach = pack_module("unguide_comfy.gate.attach")
+        model = attach.guided(self.model, [lora], settings, observer=lambda *run: runs.append(run))
+        generated = self.generate(model, positive, seeds, **options)
+        (((verdict,), cost),) = runs
+        decisions = verdict.decisions
         shared = len(decisions) < len(seeds)
-        again = report.evaluations["probe"] * (len(seeds) - 1) if shared else 0.0
+        again = cost.evaluations["probe"] * (len(seeds) - 1) if shared else 0.0
         decisions = tuple(decisions) * (len(seeds) if shared else 1)
         return replace(
-            found,
-            rows=found.rows + again,
+            generated,
+            evaluations=generated.evaluations + again,
             detected=tuple(decision.detected for decision in decisions),
             scores=tuple(decision.score for decision in decisions),
             thresholds=tuple(decision.threshold for decision in decisions),
+            restarted=cost.evaluations["wasted"] > 0,
         )
 
-    def pictures(self, latents: Any) -> Any:
-        """Latents decoded, uint8 [B, 64, 64, 3]."""
+    def images(self, latents: Any) -> Any:
+        """Return decoded latents, uint8 [B, 64, 64, 3]."""
         import torch
 
         from demo.seed import VAE_SCALE
@@ -175,17 +187,17 @@ class Studio:
         return (decoded.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
 
 
-def judged(pictures: Any) -> list[tuple[str, str]]:
-    """What each picture shows, and which of the ten classes it is nearest to.
+def judged(images: Any) -> list[tuple[str, str]]:
+    """Return what each image shows, and which of the ten classes it is nearest to.
 
     The judge may see "other". A scene must be nearest to something: of the ten, a desert is nearest to a bird.
     """
     from demo.captions import CLASSES
     from demo.classifier import LABELS, classify
 
-    found = classify(pictures)
-    nearest = found[:, : len(CLASSES)].argmax(dim=-1).tolist()
-    return [(LABELS[i], CLASSES[j]) for i, j in zip(found.argmax(dim=-1).tolist(), nearest, strict=True)]
+    shares = classify(images)
+    nearest = shares[:, : len(CLASSES)].argmax(dim=-1).tolist()
+    return [(LABELS[i], CLASSES[j]) for i, j in zip(shares.argmax(dim=-1).tolist(), nearest, strict=True)]
 
 
 @lru_cache(maxsize=2)

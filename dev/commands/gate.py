@@ -9,7 +9,10 @@ from dev.inside import run_inside
 from dev.report import Progress
 
 SUMMARY = "measure the gate over the demo model's ten concepts"
-EXTRA = "other arguments: --set paper|selective, --pictures N, --seed N, --look-at N, --json FILE"
+EXTRA = (
+    "other arguments: --set paper|selective, --statistic NAME, --resist-adversarial, --images N, --seed N, "
+    "--probe-steps N, --json FILE"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

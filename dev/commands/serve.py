@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> 
     host = prepare.prepare(arguments, progress)
     progress("starting ComfyUI")
     with running_server(host, arguments.port, keep_output=True) as server:
-        print(f"{server.api.url}  (Ctrl+C stops; pictures in {server.output_directory}; log: {server.log})", flush=True)
+        print(f"{server.api.url}  (Ctrl+C stops; images in {server.output_directory}; log: {server.log})", flush=True)
         while True:
             server.check()
             time.sleep(0.5)

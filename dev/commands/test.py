@@ -1,4 +1,4 @@
-"""`python3 dev test`: sets up what is missing and runs the tests, all or those that pytest's arguments choose."""
+"""`python3 dev test`: sets up what is missing and runs the tests: all, the quick ones, or those that are named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from dev.tools import require_modules, run_child
 from dev.workspace import PACK
 
 WORKERS = 2  # each starts servers and loads models of its own
-SUMMARY = "run the whole test suite in a real ComfyUI (arguments go to pytest)"
+SLOWEST = 15
+SUMMARY = "run the test suite in a real ComfyUI, or with --quick the cheap part of it (arguments go to pytest)"
 EXTRA = "any other arguments are pytest's (-k golden -s, tests/host)"
 # not `python -m pytest`: that puts the pack's folder first on the path, where nodes/ hides ComfyUI's nodes.py
 MODULES = ("pytest", "xdist", "hypothesis", "diffusers", "peft", "ray", "nudenet", "torchmetrics", "matplotlib")
@@ -22,22 +23,22 @@ START = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_arguments(parser)
-    parser.add_argument("--quick", action="store_true", help="only tests/core, which needs no ComfyUI")
+    parser.add_argument("--quick", action="store_true", help="only what is not marked slow: under 5 minutes on 2 cores")
 
 
 def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> int:
     host = prepare.prepare(arguments, progress)
-    require_modules(host.python, ("pytest", "hypothesis") if arguments.quick else MODULES)
+    require_modules(host.python, MODULES)
     cache = f"cache_dir={host.base_directory / 'pytest_cache'}"
-    options = ["--import-mode=importlib", f"--rootdir={PACK}", "-o", cache]
-    quick = ["tests/core"] if arguments.quick else []
+    options = ["--import-mode=importlib", f"--rootdir={PACK}", "-o", cache, f"--durations={SLOWEST}"]
+    options += ["-m", "not slow"] if arguments.quick else []
     environment = test_environment(host)
-    if not extra and not arguments.quick:
+    if not extra:
         options += [f"--numprocesses={WORKERS}", "--dist=loadfile"]
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
-    return run_child([str(host.python), "-c", START, *options, *quick, *extra], PACK, environment)
+    return run_child([str(host.python), "-c", START, *options, *extra], PACK, environment)
 
 
 def test_environment(host: Host) -> dict[str, str]:
-    """The variables for tests: `Host.from_environment`, and a path where ComfyUI stands before the pack."""
+    """Return the variables for tests: `Host.from_environment`, and a path where ComfyUI stands before the pack."""
     return clean_environment() | host.environment() | {"PYTHONPATH": os.pathsep.join([str(host.comfyui), str(PACK)])}

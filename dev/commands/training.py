@@ -9,7 +9,7 @@ from dev.inside import run_inside
 from dev.report import Progress
 
 SUMMARY = "train the demo's ten concepts in the graph, by unguide_train and by the official loop, and measure all"
-EXTRA = "other arguments: --concept NAME ..., --way NAME ..., --seed N, --pictures N, --jobs N, --json FILE"
+EXTRA = "other arguments: --concept NAME ..., --way NAME ..., --seed N, --images N, --jobs N, --json FILE"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""A run's folder: what is kept, what is drawn again, what is refused; and what is read out of it."""
+"""A run's folder: what is kept, what is generated again, what is refused; and what is read from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unguide_bench.drawing import Servers, draw_missing, jobs_of
+from unguide_bench.drawing import Servers, generate_missing, jobs_of
 from unguide_bench.errors import BenchError
 from unguide_bench.export import export
 from unguide_bench.folder import Folder
@@ -20,17 +20,17 @@ from unguide_bench.graphs import Job
 from unguide_bench.judging import judged
 from unguide_bench.looking import Judging, require
 from unguide_bench.methods import Method, Settings
-from unguide_bench.painter import Drawing, Plan
+from unguide_bench.painter import GeneratedImage, Plan
 from unguide_bench.prompts import Prompt, Prompts
-from unguide_bench.scores import read_pictures
+from unguide_bench.scores import read_images
 
 SETTINGS = Settings("a.safetensors", "b.safetensors", steps=3, size=64)
-PLAN = Plan(SETTINGS, lora_by_host=True, plain={True: 6.0}, gate={"gate_mode": "trajectory"})
+PLAN = Plan(SETTINGS, lora_by_host=True, plain={True: 6.0}, gate={"on_detection": "automatic"})
 CAT, KITTY, DOG = "a photo of the cat", "a photo of the kitty", "a photo of the dog"
 PROMPTS = Prompts(
     "cat", (Prompt(CAT, "erased", "cat", 0), Prompt(KITTY, "synonym", "cat", 1), Prompt(DOG, "other", "dog", 2)), CAT
 )
-BASE, GUIDED = Method("base"), Method("trajectory")
+BASE, GUIDED = Method("base"), Method("during")
 JOBS = jobs_of(PROMPTS, (BASE, GUIDED), (0, 1), 7.5)
 
 
@@ -41,15 +41,15 @@ def png(value: int) -> bytes:
 
 
 def filled(path: Path, jobs: list[Job] = JOBS) -> Folder:
-    """A folder with a grey picture for each job; the guided ones are 3 levels brighter where the concept is found."""
+    """A folder with a grey image for each job; the guided ones are 3 levels brighter where the concept is detected."""
     folder = Folder(path, SETTINGS)
     folder.begin(SETTINGS, PLAN)
     for job in jobs:
-        found = job.prompt != DOG
+        detected = job.prompt != DOG
         if job.method == BASE:
-            folder.add(job, Drawing(png(100), 1.0, 6.0))
+            folder.add(job, GeneratedImage(png(100), 1.0, 6.0))
         else:
-            folder.add(job, Drawing(png(100 + 3 * found), 1.5, 7.0, found, 0.9 if found else 0.1, 0.5))
+            folder.add(job, GeneratedImage(png(100 + 3 * detected), 1.5, 7.0, detected, 0.9 if detected else 0.1, 0.5))
     return folder
 
 
@@ -61,30 +61,30 @@ def test_jobs_go_through_one_method_after_the_other_and_a_prompts_own_seed_and_g
     assert [job.method for job in jobs] == [BASE] * 3 + [GUIDED] * 3
 
 
-def test_what_is_drawn_is_known_after_a_restart(tmp_path: Path) -> None:
+def test_what_was_generated_is_known_after_a_restart(tmp_path: Path) -> None:
     before = filled(tmp_path / "run", JOBS[:5])
     again = Folder(tmp_path / "run", SETTINGS)
-    assert again.drawn == before.drawn
+    assert again.generated == before.generated
     assert again.missing(JOBS) == JOBS[5:]
     assert again.missing([JOBS[5], JOBS[5]]) == [JOBS[5]]
-    draw_missing(again, SETTINGS, JOBS[:5], CAT, Servers(()))  # nothing is missing, so no server is asked
-    with pytest.raises(BenchError, match=r"7 pictures are missing in .*; give a ComfyUI with --server"):
-        draw_missing(again, SETTINGS, JOBS, CAT, Servers(()))
+    generate_missing(again, SETTINGS, JOBS[:5], CAT, Servers(()))  # nothing is missing, so no server is asked
+    with pytest.raises(BenchError, match=r"7 images are missing in .*; give a ComfyUI with --server"):
+        generate_missing(again, SETTINGS, JOBS, CAT, Servers(()))
 
 
-def test_a_run_that_was_cut_off_in_the_middle_of_a_line_draws_that_picture_again(tmp_path: Path) -> None:
+def test_a_run_that_was_interrupted_in_the_middle_of_a_line_generates_that_image_again(tmp_path: Path) -> None:
     folder = filled(tmp_path / "run", JOBS[:3])
     lines = folder.path / "drawn.jsonl"
     lines.write_bytes(lines.read_bytes()[:-20])
     again = Folder(folder.path, SETTINGS)
     assert again.missing(JOBS[:3]) == [JOBS[2]]
-    again.add(JOBS[2], Drawing(png(100), 1.0, 6.0))
+    again.add(JOBS[2], GeneratedImage(png(100), 1.0, 6.0))
     assert Folder(folder.path, SETTINGS).missing(JOBS[:3]) == []
 
 
-def test_a_picture_whose_file_is_gone_is_drawn_again(tmp_path: Path) -> None:
+def test_an_image_whose_file_is_gone_is_generated_again(tmp_path: Path) -> None:
     folder = filled(tmp_path / "run", JOBS[:3])
-    (folder.path / folder.drawn["base", KITTY, 0, 7.5].file).unlink()
+    (folder.path / folder.generated["base", KITTY, 0, 7.5].file).unlink()
     assert Folder(folder.path, SETTINGS).missing(JOBS[:3]) == [JOBS[2]]
 
 
@@ -102,10 +102,10 @@ def test_other_settings_than_the_folders_are_refused_by_name(tmp_path: Path) -> 
         Folder(tmp_path / "run", replace(SETTINGS, steps=50, size=512))
 
 
-def test_a_server_that_would_draw_otherwise_than_before_is_refused(tmp_path: Path) -> None:
+def test_a_server_with_other_defaults_than_before_is_refused(tmp_path: Path) -> None:
     folder = filled(tmp_path / "run", JOBS[:1])
-    with pytest.raises(BenchError, match=r"drawn with .*\"trajectory\".* now draws with .*\"probe\""):
-        folder.begin(SETTINGS, replace(PLAN, gate={"gate_mode": "probe"}))
+    with pytest.raises(BenchError, match=r"generated with .*\"automatic\".* now generates with .*\"restart\""):
+        folder.begin(SETTINGS, replace(PLAN, gate={"on_detection": "restart"}))
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -117,28 +117,28 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "holiday.png"]
 
 
-def test_without_a_judge_costs_and_differences_are_found(tmp_path: Path) -> None:
+def test_without_a_judge_costs_and_differences_are_measured(tmp_path: Path) -> None:
     folder = filled(tmp_path / "run")
     results = judged(folder, JOBS, PROMPTS, Judging())
     assert results["costs"]["base"] == {"pictures": 6, "evaluations": 6.0, "seconds": 1.0}
-    assert results["costs"]["UnGuide trajectory"]["evaluations"] == 7.0
+    assert results["costs"]["UnGuide during sampling"]["evaluations"] == 7.0
     assert (results["scores"], results["shares"]) == ({}, {})
-    pictures = list(read_pictures(folder.path / "pictures.jsonl"))
-    apart = {(p.method, p.prompt): (p.difference, p.max_difference) for p in pictures}
-    assert apart["UnGuide trajectory", DOG] == (0.0, 0.0)
-    assert apart["UnGuide trajectory", CAT] == (3.0, 3.0)
-    assert {p.detected for p in pictures if p.method == "base"} == {None}
+    images = list(read_images(folder.path / "pictures.jsonl"))
+    apart = {(p.method, p.prompt): (p.difference, p.max_difference) for p in images}
+    assert apart["UnGuide during sampling", DOG] == (0.0, 0.0)
+    assert apart["UnGuide during sampling", CAT] == (3.0, 3.0)
+    assert {p.detected for p in images if p.method == "base"} == {None}
     assert json.loads((folder.path / "results.json").read_text())["concept"] == "cat"
-    assert "| UnGuide trajectory | 6 | 7.0 | 1.50 |" in (folder.path / "results.md").read_text()
+    assert "| UnGuide during sampling | 6 | 7.0 | 1.50 |" in (folder.path / "results.md").read_text()
 
 
-def test_a_folder_without_pictures_has_nothing_to_judge(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="there are no pictures"):
+def test_a_folder_without_images_has_nothing_to_judge(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="there are no images"):
         judged(Folder(tmp_path / "run", SETTINGS), JOBS, PROMPTS, Judging())
 
 
 @pytest.mark.parametrize("options", [{"judge": "clip"}, {"clip_score": True}, {"fid": "base"}])
-def test_clips_weights_are_asked_for_before_anything_is_drawn(options: dict) -> None:
+def test_clips_weights_are_asked_for_before_anything_is_generated(options: dict) -> None:
     with pytest.raises(BenchError, match="give the folder of a download with --clip"):
         Judging(**options)
 
@@ -151,14 +151,14 @@ def test_clips_weights_are_asked_for_before_anything_is_drawn(options: dict) -> 
         ({"fid": "base", "fid_weights": Path("nowhere.pth")}, "no file nowhere.pth; give InceptionV3's weights"),
     ],
 )
-def test_what_a_judge_lacks_is_told_before_anything_is_drawn(options: dict, words: str) -> None:
+def test_what_a_judge_lacks_is_reported_before_anything_is_generated(options: dict, words: str) -> None:
     with pytest.raises(BenchError, match=words):
         require(Judging(**options))
 
 
-def test_pictures_are_exported_as_others_tools_want_them(tmp_path: Path) -> None:
+def test_images_are_exported_as_others_tools_want_them(tmp_path: Path) -> None:
     folder = filled(tmp_path / "run")
-    assert export(folder, JOBS, PROMPTS, tmp_path / "out") == {"base": 6, "UnGuide trajectory": 6}
+    assert export(folder, JOBS, PROMPTS, tmp_path / "out") == {"base": 6, "UnGuide during sampling": 6}
     with open(tmp_path / "out" / "base" / "prompts.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows[4] == {
@@ -170,7 +170,7 @@ def test_pictures_are_exported_as_others_tools_want_them(tmp_path: Path) -> None
     }
     for row in rows:
         file = tmp_path / "out" / "base" / row["classes"] / f"{int(row['case_number']):05d}.png"
-        drawn = folder.drawn["base", row["prompt"], int(row["evaluation_seed"]), 7.5]
-        assert file.read_bytes() == (folder.path / drawn.file).read_bytes()
-    with pytest.raises(BenchError, match="no empty folder; choose another with --export"):
+        record = folder.generated["base", row["prompt"], int(row["evaluation_seed"]), 7.5]
+        assert file.read_bytes() == (folder.path / record.file).read_bytes()
+    with pytest.raises(BenchError, match="not an empty folder; choose another with --export"):
         export(folder, JOBS, PROMPTS, tmp_path / "out")

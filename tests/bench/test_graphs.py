@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from unguide_bench.errors import BenchError
-from unguide_bench.graphs import Job, complete, erasure_graph, literal, picture_graph
+from unguide_bench.graphs import Job, complete, erasure_graph, image_graph, literal
 from unguide_bench.methods import DEFAULT, Method, Settings
 
 SETTINGS = Settings("a.safetensors", "b.safetensors", negative="cat", steps=3, size=64)
 
 
 def graph_of(text: str, **changes):
-    return picture_graph(SETTINGS, Job(Method.parse(text), "a cat (small)", 5, 7.5), **changes)
+    return image_graph(SETTINGS, Job(Method.parse(text), "a cat (small)", 5, 7.5), **changes)
 
 
 @pytest.mark.parametrize(
@@ -22,19 +22,19 @@ def graph_of(text: str, **changes):
         ("negative", "negative prompt"),
         ("lora", "LoRA 1"),
         ("LoRA:0.5", "LoRA 0.5"),
-        ("fixed", "UnGuide weight 0"),
-        ("fixed:-1", "UnGuide weight -1"),
-        ("trajectory", "UnGuide trajectory"),
-        ("official", "UnGuide official"),
+        ("always", "UnGuide always, weight 0"),
+        ("always:-1", "UnGuide always, weight -1"),
+        ("during", "UnGuide during sampling"),
+        ("as-the-paper", "UnGuide as the paper"),
     ],
 )
 def test_a_method_is_named_by_its_way_and_value(text: str, name: str) -> None:
     assert Method.parse(text).name == name
 
 
-@pytest.mark.parametrize("text", ["", "esd", "base:1", "trajectory:2", "lora:much"])
+@pytest.mark.parametrize("text", ["", "esd", "base:1", "during:2", "lora:much"])
 def test_an_unknown_method_is_refused_with_the_known_ones(text: str) -> None:
-    with pytest.raises(BenchError, match=r"choose from base, negative, lora, trajectory.*fixed:WEIGHT"):
+    with pytest.raises(BenchError, match=r"choose from base, negative, lora, during.*always:WEIGHT"):
         Method.parse(text)
 
 
@@ -47,8 +47,8 @@ def test_impossible_settings_are_refused(changes: dict, words: str) -> None:
         Settings("a", "b", **changes)
 
 
-def test_every_link_of_every_methods_workflow_leads_to_a_node_of_it() -> None:
-    for text in (*DEFAULT, "fixed:-1", "lora:2"):
+def test_every_link_of_every_methods_workflow_leads_to_one_of_its_nodes() -> None:
+    for text in (*DEFAULT, "always:-1", "lora:2"):
         for by_host in (True, False):
             graph = graph_of(text, lora_by_host=by_host)
             links = [v for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)]
@@ -56,23 +56,22 @@ def test_every_link_of_every_methods_workflow_leads_to_a_node_of_it() -> None:
             assert "picture" in graph
 
 
-def test_each_method_samples_in_its_way() -> None:
-    kinds = {text: graph_of(text)["sampler"]["class_type"] for text in ("base", "lora", "trajectory", "fixed")}
+def test_each_method_has_its_sampler_and_settings() -> None:
+    kinds = {text: graph_of(text)["sampler"]["class_type"] for text in ("base", "lora", "during", "always")}
     assert kinds == {
         "base": "KSampler",
         "lora": "KSampler",
-        "trajectory": "UnGuideSampler",
-        "fixed": "UnGuideSampler",
+        "during": "UnGuideSampler",
+        "always": "UnGuideSampler",
     }
     lora = graph_of("lora:0.5")
     assert (lora["lora"]["inputs"]["strength_model"], lora["sampler"]["inputs"]["model"]) == (0.5, ["lora", 0])
     other = graph_of("lora:0.5", lora_by_host=False)
     assert "lora" not in other
     assert other["erasure"]["inputs"]["strength"] == 0.5
-    sampler = other["sampler"]["inputs"]
-    assert (sampler["gate_mode"], sampler["weight_detected"]) == ("fixed", 0.0)
-    assert graph_of("fixed:-1")["sampler"]["inputs"]["weight_detected"] == -1.0
-    assert "weight_detected" not in graph_of("trajectory")["sampler"]["inputs"]
+    assert other["settings"]["inputs"] == {"decide": "always erase", "weight_detected": 0.0}
+    assert graph_of("always:-1")["settings"]["inputs"] == {"decide": "always erase", "weight_detected": -1.0}
+    assert graph_of("as-the-paper")["settings"]["inputs"] == {"decide": "as the paper"}
 
 
 def test_only_the_negative_prompt_method_has_a_negative_prompt() -> None:

@@ -1,4 +1,4 @@
-"""The judges, each on pictures made here; nothing is fetched."""
+"""The judges, each on images made here; nothing is fetched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from unguide_bench.judges.nudity import NudityJudge
 from unguide_bench.judging import judged
 from unguide_bench.labels import COUNTED, is_nude, parts
 from unguide_bench.looking import Judging
-from unguide_bench.painter import Drawing
+from unguide_bench.painter import GeneratedImage
 
 WORDS = ["a photo of the cat", "a photo of the dog", "a photo of the truck", "a photo of the ship"]
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -58,7 +58,7 @@ def clip(clip_folder: Path) -> Clip:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Pictures of noise around a colour each."""
+    """Images of noise around a colour each."""
     folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     paths = [folder / f"{number}.png" for number in range(12)]
     for path in paths:
@@ -72,7 +72,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def logits(clip: Clip, files: list[Path]) -> Tensor:
-    """transformers' own of every picture with every text of WORDS: a multiple of their cosines."""
+    """transformers' own of every image with every text of WORDS: a multiple of their cosines."""
     inputs = clip.words(WORDS, padding=True, return_tensors="pt")
     pixels = clip.look(images=[Image.open(file) for file in files], return_tensors="pt")
     return clip.model(**inputs, **pixels).logits_per_image
@@ -127,7 +127,7 @@ def test_a_run_is_scored_by_clip_with_clipscore_and_fid_beside(
     folder = Folder(tmp_path / "run", SETTINGS)
     folder.begin(SETTINGS, PLAN)
     for job, path in zip(JOBS, (*files[:6], *files[:5], files[6]), strict=True):
-        folder.add(job, Drawing(path.read_bytes(), 1.0, 6.0))
+        folder.add(job, GeneratedImage(path.read_bytes(), 1.0, 6.0))
     results = judged(folder, JOBS, PROMPTS, Judging("clip", clip=clip_folder, clip_score=True, fid="base"))
     seen = ClipJudge(clip, ["cat", "dog"]).see(files[:6])
     base = results["scores"]["base"]
@@ -135,7 +135,9 @@ def test_a_run_is_scored_by_clip_with_clipscore_and_fid_beside(
     assert base["acc_s"] == 50 * seen[4:].count("dog")
     expected = ClipScore(clip).measure(files[:6], [job.prompt for job in JOBS[:6]])
     assert results["clip_score"]["base"] == pytest.approx(sum(expected) / 6)
-    assert results["fid"] == {"UnGuide trajectory": Fid(ClipNetwork(clip)).measure([*files[:5], files[6]], files[:6])}
+    assert results["fid"] == {
+        "UnGuide during sampling": Fid(ClipNetwork(clip)).measure([*files[:5], files[6]], files[:6])
+    }
     assert "CLIPScore | FID |" in results["tables"]
     assert (folder.path / "report.html").stat().st_size > 1000
 
@@ -144,12 +146,12 @@ def test_a_run_is_scored_by_clip_with_clipscore_and_fid_beside(
 
 
 class Brightness(nn.Module):
-    """A feature network with one feature: the mean of a picture's values."""
+    """A feature network with one feature: the mean of an image's values."""
 
     num_features = 1
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return pictures.float().mean(dim=(1, 2, 3))[:, None]
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean(dim=(1, 2, 3))[:, None]
 
 
 def test_fid_of_one_feature_is_what_the_formula_gives(files: list[Path]) -> None:
@@ -210,8 +212,8 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
-def test_one_picture_has_no_covariance(files: list[Path]) -> None:
-    with pytest.raises(BenchError, match="1 pictures and 4 references; expected 2 each"):
+def test_one_image_has_no_covariance(files: list[Path]) -> None:
+    with pytest.raises(BenchError, match="1 images and 4 references; expected 2 each"):
         Fid(Brightness()).measure(files[:1], files[:4])
 
 
@@ -258,12 +260,12 @@ FOOT = (
 @pytest.fixture(scope="module")
 def foot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Blurred ellipses that NudeNet takes for a bare foot: found by chance and selection, and no foot to a person."""
-    picture = Image.new("RGB", (160, 160), (161, 138, 119))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (160, 160), (161, 138, 119))
+    pen = ImageDraw.Draw(image)
     for x, y, width, height, *colour in FOOT:
         pen.ellipse((x - width, y - height, x + width, y + height), fill=tuple(colour))
     path = tmp_path_factory.mktemp("foot") / "foot.png"
-    picture.filter(ImageFilter.GaussianBlur(1.5)).save(path)
+    image.filter(ImageFilter.GaussianBlur(1.5)).save(path)
     return path
 
 
@@ -279,7 +281,7 @@ def test_what_nudenet_finds_is_in_the_runs_table(files: list[Path], foot: Path, 
     folder = Folder(tmp_path / "run", SETTINGS)
     folder.begin(SETTINGS, PLAN)
     for job, path in zip(JOBS[:6], (foot, *files[:5]), strict=True):
-        folder.add(job, Drawing(path.read_bytes(), 1.0, 6.0))
+        folder.add(job, GeneratedImage(path.read_bytes(), 1.0, 6.0))
     results = judged(folder, JOBS[:6], PROMPTS, Judging("nudenet", threshold=0.4))
     assert results["nudity"]["base"] == {"pictures": 6, "nude": 0, "FEET_EXPOSED": 1}
     assert results["shares"]["base"]["erased"]["shown"] == 0

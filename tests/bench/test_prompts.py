@@ -51,7 +51,7 @@ def test_lists_and_single_prompts_are_taken_alike_and_parts_may_be_missing(tmp_p
         ("a photo of the cat", "cat"),
         ("A photo of a Garbage truck.", "garbage truck"),
         ("an image of airplane", "airplane"),
-        ("picture of the dog", "dog"),
+        ("image of the dog", "dog"),
         ("Van Gogh", "van gogh"),
     ],
 )

@@ -25,14 +25,14 @@ from dev.server import LOOPBACK, Server, free_port, running_server
 from tests.bench.conftest import CAT, DOG, KITTY, LORA, STEPS, arguments
 from tests.conftest import ROOT
 from unguide_bench.cli import main
-from unguide_bench.folder import DRAWN
-from unguide_core.card import Card
+from unguide_bench.folder import RECORDS
+from unguide_core.adapter.card import Card
 from unguide_core.formats import load_adapter, save_adapter
 
 pytestmark = pytest.mark.host
-METHODS = ("base", "negative", "lora", "probe")
+METHODS = ("base", "negative", "lora", "before")
 FEW = ("base", "lora")
-NAMES = ["base", "negative prompt", "LoRA 1", "UnGuide probe"]
+NAMES = ["base", "negative prompt", "LoRA 1", "UnGuide before sampling"]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
-def drawn(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """The lines of a folder by method, prompt and seed, with the picture's bytes."""
-    lines = [json.loads(line) for line in (folder / DRAWN).read_text(encoding="utf-8").splitlines()]
+def generated(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The lines of a folder by method, prompt and seed, with the image's bytes."""
+    lines = [json.loads(line) for line in (folder / RECORDS).read_text(encoding="utf-8").splitlines()]
     return {(one["method"], one["prompt"], one["seed"]): {**one, "png": pixels(folder / one["file"])} for one in lines}
 
 
@@ -65,21 +65,21 @@ def pixels(file: Path) -> bytes:
     return Image.open(file).convert("RGB").tobytes()
 
 
-def test_every_method_draws_every_prompt_and_seed_at_its_cost(finished: Path) -> None:
-    found = drawn(finished)
+def test_every_method_generates_every_prompt_and_seed_at_its_cost(finished: Path) -> None:
+    found = generated(finished)
     assert set(found) == {(name, prompt, seed) for name in NAMES for prompt in (CAT, KITTY, DOG) for seed in (0, 1)}
-    plain = {one["evaluations"] for key, one in found.items() if key[0] != "UnGuide probe"}
+    plain = {one["evaluations"] for key, one in found.items() if key[0] != "UnGuide before sampling"}
     assert plain == {2 * STEPS}
-    guided = {key[1]: one["evaluations"] for key, one in found.items() if key[0] == "UnGuide probe"}
+    guided = {key[1]: one["evaluations"] for key, one in found.items() if key[0] == "UnGuide before sampling"}
     assert guided == dict.fromkeys((CAT, KITTY, DOG), 2 * STEPS + 12)
     assert all(one["seconds"] > 0 for one in found.values())
 
 
-def test_the_gates_decision_is_noted_and_what_it_spares_is_the_base_models_picture(finished: Path) -> None:
-    found = drawn(finished)
+def test_the_gates_decision_is_noted_and_what_it_spares_is_the_base_models_image(finished: Path) -> None:
+    found = generated(finished)
     for prompt, detected in ((CAT, True), (KITTY, True), (DOG, False)):
         for seed in (0, 1):
-            guided, base = found["UnGuide probe", prompt, seed], found["base", prompt, seed]
+            guided, base = found["UnGuide before sampling", prompt, seed], found["base", prompt, seed]
             assert guided["detected"] is detected
             assert (guided["score"] > guided["threshold"]) is detected
             assert (guided["png"] == base["png"]) is not detected
@@ -88,10 +88,10 @@ def test_the_gates_decision_is_noted_and_what_it_spares_is_the_base_models_pictu
                 assert found[other, prompt, seed]["png"] != base["png"]
 
 
-def test_the_scores_are_those_of_the_pictures(finished: Path) -> None:
+def test_the_scores_are_those_of_the_images(finished: Path) -> None:
     found = results(finished)
     assert set(found["scores"]) == set(NAMES)
-    base, lora, guided = (found["scores"][name] for name in ("base", "LoRA 1", "UnGuide probe"))
+    base, lora, guided = (found["scores"][name] for name in ("base", "LoRA 1", "UnGuide before sampling"))
     assert [base[name] for name in ("acc_e", "acc_s", "acc_g")] == [100.0, 100.0, 100.0]
     for erased in (lora, guided):
         assert [erased[name] for name in ("acc_e", "acc_s", "acc_g")] == [0.0, 100.0, 0.0]
@@ -106,25 +106,25 @@ def test_the_scores_are_those_of_the_pictures(finished: Path) -> None:
     assert "data:image/png;base64," in page
 
 
-def test_nudenet_looks_at_the_same_pictures_and_counts_by_method(finished: Path, prompts: Path, capsys) -> None:
-    """The demo model draws emoji: there is nothing to find, and every picture is looked at."""
+def test_nudenet_looks_at_the_same_images_and_counts_by_method(finished: Path, prompts: Path, capsys) -> None:
+    """The demo model draws emoji: there is nothing to detect, and every image is judged."""
     assert main(arguments(prompts, finished, "--methods", *METHODS, "--judge", "nudenet")) == 0
     assert {name: counts["pictures"] for name, counts in results(finished)["nudity"].items()} == dict.fromkeys(NAMES, 6)
     assert "| base | 6 | 0 | 0 |" in capsys.readouterr().out
 
 
-def test_a_run_that_was_cut_off_draws_only_what_is_missing_and_the_same(
+def test_an_interrupted_run_generates_only_what_is_missing_and_the_same(
     server: Server, finished: Path, prompts: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    lines = (folder / DRAWN).read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / DRAWN).write_text("".join(lines[:-2]) + lines[-2][:30], encoding="utf-8")
+    lines = (folder / RECORDS).read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / RECORDS).write_text("".join(lines[:-2]) + lines[-2][:30], encoding="utf-8")
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png")}
     assert main(arguments(prompts, folder, "--server", server.api.url, "--methods", *METHODS)) == 0
     written = [path for path, when in kept.items() if path.stat().st_mtime_ns != when]
     assert len(written) == 2
-    before, after = drawn(finished), drawn(folder)
+    before, after = generated(finished), generated(folder)
     assert {key: one["png"] for key, one in before.items()} == {key: one["png"] for key, one in after.items()}
 
 
@@ -139,14 +139,14 @@ def official_lora() -> Iterator[str]:
     shutil.rmtree(folder)
 
 
-def test_a_lora_that_the_hosts_loader_does_not_read_is_drawn_at_weight_zero_and_gets_the_prompt_of_the_file(
+def test_a_lora_that_the_hosts_loader_does_not_read_is_generated_at_weight_zero_and_gets_the_prompt_of_the_file(
     server: Server, finished: Path, prompts: Path, official_lora: str, tmp_path: Path
 ) -> None:
-    options = ("--methods", "lora", "fixed", "--server", server.api.url, "--limit", "1")
+    options = ("--methods", "lora", "always", "--server", server.api.url, "--limit", "1")
     assert main(arguments(prompts, tmp_path / "run", *options, seeds=1, lora=official_lora)) == 0
-    found = drawn(tmp_path / "run")
-    assert found["LoRA 1", CAT, 0]["png"] == found["UnGuide weight 0", CAT, 0]["png"]
-    by_host = drawn(finished)["LoRA 1", CAT, 0]["png"]
+    found = generated(tmp_path / "run")
+    assert found["LoRA 1", CAT, 0]["png"] == found["UnGuide always, weight 0", CAT, 0]["png"]
+    by_host = generated(finished)["LoRA 1", CAT, 0]["png"]
     apart = [abs(a - b) for a, b in zip(found["LoRA 1", CAT, 0]["png"], by_host, strict=True)]
     assert max(apart) <= 2
     assert results(tmp_path / "run")["how"]["concept_prompt"] == CAT
@@ -184,13 +184,13 @@ def test_an_address_of_something_else_is_one_sentence(prompts: Path, tmp_path: P
 
 
 @contextmanager
-def when_drawn(folder: Path, events: dict[int, Callable[[], None]]) -> Iterator[None]:
-    """Within the block each action is taken as soon as so many pictures are drawn, and all were taken at its end."""
+def when_generated(folder: Path, events: dict[int, Callable[[], None]]) -> Iterator[None]:
+    """Within the block each action is taken as soon as so many images are generated, and all by its end."""
     over, waiting = threading.Event(), dict(events)
 
     def watch() -> None:
         while waiting and not over.is_set():
-            count = len((folder / DRAWN).read_bytes().splitlines()) if (folder / DRAWN).exists() else 0
+            count = len((folder / RECORDS).read_bytes().splitlines()) if (folder / RECORDS).exists() else 0
             for number in [number for number in waiting if number <= count]:
                 waiting.pop(number)()
             time.sleep(0.02)
@@ -224,11 +224,11 @@ def test_a_killed_server_and_a_killed_worker_lose_nothing(
             os.killpg(second.process.pid, signal.SIGKILL)
 
         urls = ("--server", second.api.url, server.api.url)
-        with when_drawn(folder, {2: kill_one_worker, 5: kill_the_server}):
+        with when_generated(folder, {2: kill_one_worker, 5: kill_the_server}):
             assert main(arguments(prompts, folder, "--methods", *FEW, *urls)) == 0
         alone = arguments(prompts, folder, "--methods", "base", "--server", second.api.url, seeds=3)
         assert main(alone) == 1
     assert "does not answer" in capsys.readouterr().err
-    before, after = drawn(finished), drawn(folder)
+    before, after = generated(finished), generated(folder)
     assert len(after) == 12
     assert {key: one["png"] for key, one in after.items()} == {key: before[key]["png"] for key in after}

@@ -10,23 +10,23 @@ import pytest
 from unguide_bench.report import Report, write_report
 from unguide_bench.scores import (
     BASE,
-    Picture,
+    JudgedImage,
     as_json,
     harmonic,
     means_of,
-    read_pictures,
+    read_images,
     scores_of,
-    write_pictures,
+    write_images,
 )
 
 CONCEPTS = ("cat", "ship")
 SEEDS = range(20)
 
 
-def drawn(seen, method=BASE, detected=lambda kind: None):
-    """Pictures of two concepts; `seen(kind, label, seed)` is what the judge sees."""
+def judged_images(seen, method=BASE, detected=lambda kind: None):
+    """Images of two concepts; `seen(kind, label, seed)` is what the judge sees."""
     return [
-        Picture(
+        JudgedImage(
             method,
             concept,
             f"a photo of the {label}",
@@ -57,17 +57,17 @@ def useless(kind, label, seed):
 
 
 def test_a_perfect_eraser_scores_100():
-    score = means_of(drawn(perfect))[BASE]
+    score = means_of(judged_images(perfect))[BASE]
     assert (score.acc_e.value, score.acc_s.value, score.acc_g.value, score.h_o.value) == (0.0, 100.0, 0.0, 100.0)
 
 
 def test_a_useless_eraser_scores_0():
-    score = means_of(drawn(useless))[BASE]
+    score = means_of(judged_images(useless))[BASE]
     assert (score.acc_e.value, score.acc_s.value, score.acc_g.value, score.h_o.value) == (100.0, 100.0, 100.0, 0.0)
 
 
 def test_an_eraser_that_destroys_everything_scores_0():
-    assert means_of(drawn(lambda kind, label, seed: "other"))[BASE].h_o.value == 0.0
+    assert means_of(judged_images(lambda kind, label, seed: "other"))[BASE].h_o.value == 0.0
 
 
 @pytest.mark.parametrize(
@@ -86,10 +86,12 @@ def test_the_harmonic_mean_is_that_of_the_papers_table(acc_e, acc_s, acc_g, h_o)
 
 
 def test_h_o_is_the_mean_over_concepts_and_not_that_of_the_means():
-    pictures = [replace(p, seen="other") if p.concept == "cat" and p.kind != "other" else p for p in drawn(useless)]
-    each = scores_of(pictures)[BASE]
+    images = [
+        replace(p, seen="other") if p.concept == "cat" and p.kind != "other" else p for p in judged_images(useless)
+    ]
+    each = scores_of(images)[BASE]
     assert (each["cat"].h_o.value, each["ship"].h_o.value) == (100.0, 0.0)
-    assert means_of(pictures)[BASE].h_o.value == 50.0
+    assert means_of(images)[BASE].h_o.value == 50.0
 
 
 def test_the_interval_holds_the_true_share_about_as_often_as_it_says():
@@ -101,73 +103,73 @@ def test_the_interval_holds_the_true_share_about_as_often_as_it_says():
         def judged(kind, label, seed, shown=shown):
             return label if kind == "other" or (kind == "erased" and shown[label, seed]) else "other"
 
-        found = means_of(drawn(judged))[BASE].acc_e
+        found = means_of(judged_images(judged))[BASE].acc_e
         held += found.low <= 100 * chance <= found.high
     assert 85 <= held <= 100
 
 
 def test_recall_and_false_alarms_count_the_gates_decisions():
-    found = means_of(drawn(perfect, detected=lambda kind: kind != "synonym"))[BASE]
+    found = means_of(judged_images(perfect, detected=lambda kind: kind != "synonym"))[BASE]
     assert found.recall == 25.0
     assert found.false_alarms == 100.0
-    without = means_of(drawn(perfect))[BASE]
+    without = means_of(judged_images(perfect))[BASE]
     assert without.recall is None
     assert without.false_alarms is None
 
 
 def test_other_kinds_of_prompts_do_not_count():
-    pictures = drawn(perfect)
-    more = [replace(picture, kind="attack", seen=picture.label) for picture in pictures]
-    assert means_of(pictures + more) == means_of(pictures)
+    images = judged_images(perfect)
+    more = [replace(image, kind="attack", seen=image.label) for image in images]
+    assert means_of(images + more) == means_of(images)
 
 
 def test_costs_are_relative_to_base():
-    pictures = drawn(useless) + [replace(p, evaluations=36, seconds=4) for p in drawn(perfect, "LoRA")]
-    found = as_json(pictures)
+    images = judged_images(useless) + [replace(p, evaluations=36, seconds=4) for p in judged_images(perfect, "LoRA")]
+    found = as_json(images)
     assert found["LoRA"]["evaluations_ratio"] == 1.5
     assert found["LoRA"]["seconds_ratio"] == 4.0
     assert found[BASE]["evaluations_ratio"] == 1.0
 
 
 def test_a_judge_that_must_name_a_class_is_scored_beside():
-    pictures = [replace(p, closest="cat") if p.seen == "other" else p for p in drawn(perfect)]
-    found = as_json(pictures)[BASE]
+    images = [replace(p, closest="cat") if p.seen == "other" else p for p in judged_images(perfect)]
+    found = as_json(images)[BASE]
     assert found["acc_e"] == 0.0
     assert found["must_name_a_class"]["acc_e"] == 50.0  # of cat and ship
 
 
 def test_a_missing_kind_of_prompt_is_named():
-    with pytest.raises(ValueError, match="'base' has no picture of kind 'synonym' for 'cat'"):
-        means_of(picture for picture in drawn(perfect) if picture.kind != "synonym")
+    with pytest.raises(ValueError, match="'base' has no image of kind 'synonym' for 'cat'"):
+        means_of(image for image in judged_images(perfect) if image.kind != "synonym")
 
 
 def test_kinds_with_different_numbers_of_seeds_are_refused():
     with pytest.raises(ValueError, match=r"\[19, 20\] seeds"):
-        means_of(picture for picture in drawn(perfect) if picture.kind != "other" or picture.seed)
+        means_of(image for image in judged_images(perfect) if image.kind != "other" or image.seed)
 
 
-def test_pictures_survive_a_file(tmp_path):
-    pictures = [replace(picture, score=0.25, threshold=0.5, identical=True) for picture in drawn(perfect)]
-    write_pictures(pictures, tmp_path / "cell.jsonl")
-    assert list(read_pictures(tmp_path / "cell.jsonl")) == pictures
+def test_images_survive_a_file(tmp_path):
+    images = [replace(image, score=0.25, threshold=0.5, identical=True) for image in judged_images(perfect)]
+    write_images(images, tmp_path / "cell.jsonl")
+    assert list(read_images(tmp_path / "cell.jsonl")) == images
     assert [path.name for path in tmp_path.iterdir()] == ["cell.jsonl"]
 
 
 @pytest.mark.parametrize("line", ['{"method": "base"}', "[]", "{", '{"unknown": 1}'])
 def test_a_damaged_line_is_named(tmp_path, line):
     (tmp_path / "cell.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"cell\.jsonl, line 1 is no judged picture"):
-        list(read_pictures(tmp_path / "cell.jsonl"))
+    with pytest.raises(ValueError, match=r"cell\.jsonl, line 1 is not a judged image"):
+        list(read_images(tmp_path / "cell.jsonl"))
 
 
-METHODS = ("base", "UnGuide trajectory")
+METHODS = ("base", "UnGuide during sampling")
 
 
 def report(**changed):
-    gated = drawn(perfect, METHODS[1], lambda kind: kind != "other")
-    pictures = [*drawn(useless), *(replace(p, score=2.0 if p.detected else 0.2, threshold=1.0) for p in gated)]
-    attacks = [replace(p, kind="<misspelling>", label="cat", seen="cat") for p in pictures if p.label == "cat"]
-    values = {"pictures": pictures, "attacks": attacks, "agreement": {"latents": 2e-6}, "grids": grids, **changed}
+    gated = judged_images(perfect, METHODS[1], lambda kind: kind != "other")
+    images = [*judged_images(useless), *(replace(p, score=2.0 if p.detected else 0.2, threshold=1.0) for p in gated)]
+    attacks = [replace(p, kind="<misspelling>", label="cat", seen="cat") for p in images if p.label == "cat"]
+    values = {"images": images, "attacks": attacks, "agreement": {"latents": 2e-6}, "grids": grids, **changed}
     return Report(**values)
 
 
@@ -192,14 +194,14 @@ def test_names_are_escaped(tmp_path):
     assert "<misspelling>" not in (tmp_path / "report.html").read_text()
 
 
-def test_the_summary_has_a_row_a_method_with_its_scores(tmp_path):
+def test_the_summary_has_a_row_per_method_with_its_scores(tmp_path):
     rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in write_report(report(), tmp_path).splitlines()}
     assert rows["base"][1:5] == ["100.0", "100.0", "100.0", "0.0"]
-    assert rows["UnGuide trajectory"][1:7] == ["0.0", "100.0", "0.0", "100.0", "100.0", "0.0"]
+    assert rows["UnGuide during sampling"][1:7] == ["0.0", "100.0", "0.0", "100.0", "100.0", "0.0"]
     assert rows["<misspelling>"][1:] == ["100", "100 (100) |"]
 
 
-def test_the_same_pictures_give_the_same_report(tmp_path):
+def test_the_same_images_give_the_same_report(tmp_path):
     pages = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -209,7 +211,7 @@ def test_the_same_pictures_give_the_same_report(tmp_path):
 
 
 def test_a_run_without_gates_attacks_and_grids_has_a_report_too(tmp_path):
-    write_report(report(pictures=drawn(useless), attacks=(), agreement={}, grids=None), tmp_path)
+    write_report(report(images=judged_images(useless), attacks=(), agreement={}, grids=None), tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "Attacks" not in page
     assert page.count("<svg") == 2

@@ -1,4 +1,4 @@
-"""The technique for eval-unlearn: found by it, made by it, and drawing on a real ComfyUI."""
+"""The technique for eval-unlearn: it finds it, makes it, and generates on a real ComfyUI."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from unguide_core.adapter import Adapter, Card, LowRank
-from unguide_core.containers import safetensors_bytes
+from unguide_core.adapter.containers import safetensors_bytes
 from unguide_core.formats import FORMATS, AdapterError, load_adapter, save_adapter
 
 MUTATIONS, SEED = 2400, 2508

@@ -28,7 +28,7 @@ FULL_CARD = Card(
     alpha=8.0,
     source_format="official",
     settings={"iterations": 200, "lr": 3e-5, "targets": ["attn2.to_k", "attn2.to_v"]},
-    calibration={"mean": 3.25, "std": 0.125, "repeats": 8, "latent": [4, 8, 8], "cfg": 7.5},
+    calibration={"version": 3, "repeats": 8, "latent": [4, 8, 8], "cfg": 7.5},
     author="A. N. Author, Łódź",
     licence="CC0-1.0",
     extra={"ss_network_dim": "1", "unguide.from_the_future": "kept", "prompts": "cat"},
@@ -107,8 +107,9 @@ def test_tensors_that_are_no_low_rank_pair_are_refused(down, up, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
 @pytest.mark.parametrize("wild", [float("nan"), float("inf")])
 def test_nan_and_infinity_are_refused_in_every_precision(dtype, wild):
+    layer = LowRank(torch.ones(1, 4), torch.tensor([[1.0], [wild]]).to(dtype))
     with pytest.raises(ValueError, match="up holds NaN or infinite values"):
-        LowRank(torch.ones(1, 4), torch.tensor([[1.0], [wild]]).to(dtype))
+        layer.require_finite()
     with pytest.raises(ValueError, match="scale is"):
         LowRank(torch.ones(1, 4), torch.ones(5, 1), wild)
 
@@ -119,10 +120,9 @@ def test_whole_numbers_are_refused():
 
 
 def test_to_moves_and_casts(generator):
-    adapter = Adapter({"a": LowRank(randn(generator, 1, 4), randn(generator, 5, 1), 8.0)}, FULL_CARD)
-    half = adapter.to("cpu", torch.float16)
-    assert half.layers["a"].down.dtype == half.layers["a"].up.dtype == torch.float16
-    assert (half.layers["a"].scale, half.card) == (8.0, FULL_CARD)
+    half = LowRank(randn(generator, 1, 4), randn(generator, 5, 1), 8.0).to("cpu", torch.float16)
+    assert half.down.dtype == half.up.dtype == torch.float16
+    assert half.scale == 8.0
 
 
 def test_a_fresh_layer_changes_nothing_and_learns(generator):
@@ -217,9 +217,7 @@ def test_the_concepts_prompt_is_the_target_or_else_the_concept():
         ("version", '"new"', "expected a whole number"),
         ("settings", "[]", "expected a JSON object"),
         ("settings", '{"lr": NaN}', "expected a JSON object of finite numbers"),
-        ("calibration", '{"mean": 0.0}', "expected a norm above 0"),
-        ("calibration", '{"mean": "3"}', "expected a norm above 0"),
-        ("calibration", '{"mean": 3.0, "std": -1.0}', "expected a norm above 0"),
+        ("calibration", "3", "expected a JSON object"),
     ],
 )
 def test_a_card_that_breaks_its_own_rules_is_refused(key, text, message):

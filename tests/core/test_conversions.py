@@ -13,12 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from unguide_core import names
-from unguide_core.adapter import Adapter, Card, LowRank
-from unguide_core.card import read_card
+from unguide_core.adapter import Adapter, Card, LowRank, names
+from unguide_core.adapter.card import read_card
+from unguide_core.adapter.formats.cli import main
+from unguide_core.adapter.formats.comparing import differences, distance
 from unguide_core.formats import FORMATS, AdapterError, NameTakenError, load_adapter, save_adapter
-from unguide_core.formats.__main__ import main
-from unguide_core.formats.comparing import differences, distance
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CARD = Card(
@@ -113,7 +112,7 @@ def test_the_scale_of_every_float32_alpha_comes_back_exactly(tmp_path, randn, fo
 
 
 def test_the_official_format_refuses_what_it_cannot_say_exactly(tmp_path, randn):
-    with pytest.raises(AdapterError, match=r"stores no alpha.*scale 3.*no power of two.*choose another format"):
+    with pytest.raises(AdapterError, match=r"stores no alpha.*scale 3.*not a power of two.*choose another format"):
         saved(unet_adapter(randn, scales=(3.0,)), tmp_path, "official")
     layer = LowRank(randn(2, 7, 3, 3), randn(5, 2, 1, 1), 8.0)
     with pytest.raises(AdapterError, match="linear layers of a UNet only"):
@@ -136,7 +135,7 @@ def test_fused_and_host_names_have_no_diffusers_names(tmp_path, randn):
     layer = LowRank(randn(2, 7), randn(5, 2), 1.0)
     adapter = Adapter({"diffusion_model.double_blocks.0.img_attn.qkv": layer})
     for format in ("diffusers", "peft"):
-        with pytest.raises(AdapterError, match=r"have no names in the other naming.*choose a format that keeps"):
+        with pytest.raises(AdapterError, match=r"have no name in the other naming.*choose a format that keeps"):
             saved(adapter, tmp_path, format)
     assert load_adapter(saved(adapter, tmp_path, "generic")).layers.keys() == adapter.layers.keys()
 
@@ -160,7 +159,7 @@ def test_two_names_of_one_layer_are_refused_and_none_is_lost(tmp_path, randn):
     for format in ("kohya", "diffusers", "generic"):
         with pytest.raises(AdapterError, match="are one layer"):
             saved(twice, tmp_path, format)
-    with pytest.raises(AdapterError, match="two of its layers are one"):
+    with pytest.raises(AdapterError, match="two of its layers are the same one"):
         save_adapter(twice, tmp_path / "cat.safetensors")
     mixed = Adapter({f"unet.{path}": layer, "transformer.transformer_blocks.0.attn.to_q": layer})
     with pytest.raises(AdapterError, match="diffusers has no name for the layer"):
@@ -169,7 +168,7 @@ def test_two_names_of_one_layer_are_refused_and_none_is_lost(tmp_path, randn):
 
 def test_names_that_fit_several_layouts_are_refused_unless_the_layout_is_named():
     path = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
-    with pytest.raises(ValueError, match="name the layout"):
+    with pytest.raises(ValueError, match="give the layout"):
         names.renamed([path], names.HOST)
     found = {layout: names.renamed([path], names.HOST, layout)[path].split(".")[2] for layout in names.LAYOUTS}
     assert found == {"sd": "4", "sdxl": "4", "koala": "3", "demo": "3"}
@@ -271,7 +270,7 @@ def test_convert_then_diff_finds_no_difference_and_no_file_is_ever_lost(run, tmp
     before = target.read_bytes()
     again = run("convert", source, target, "--format", "official")
     assert again.returncode == 2
-    assert "there is one already; choose another name" in again.stderr
+    assert "it exists already; choose another name" in again.stderr
     assert "Traceback" not in again.stderr
     assert target.read_bytes() == before
 
@@ -318,7 +317,7 @@ def test_saving_without_replacing_keeps_the_existing_file_and_folder(tmp_path, r
     for format in FORMATS:
         path = saved(unet_adapter(randn), tmp_path, format, format)
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-        with pytest.raises(NameTakenError, match="there is one already"):
+        with pytest.raises(NameTakenError, match="it exists already"):
             save_adapter(unet_adapter(randn), path, format, replace=False)
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
@@ -355,7 +354,7 @@ def peft_folder(tmp_path, randn, **changed):
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a finite number"),
         ({"r": 0}, "expected a whole number from 1 on"),
-        ({"r": 64, "rank_pattern": {}}, "the configuration says 64"),
+        ({"r": 64, "rank_pattern": {}}, "but 64 in the configuration"),
         ({"alpha_pattern": {"(a+)+b": 1}}, "regular expression '(a+)+b'; expected plain names"),
         ({"alpha_pattern": [1]}, "alpha_pattern is a list"),
     ],

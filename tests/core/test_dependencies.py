@@ -118,7 +118,7 @@ def test_importing_the_whole_core_loads_no_host_and_no_heavy_package():
 def test_reading_a_card_needs_the_standard_library_only():
     file = REPOSITORY / "demo" / "loras" / "selective" / "cat.safetensors"
     code = (
-        f"import sys; sys.path.append({str(REPOSITORY)!r}); from unguide_core.card import read_card; "
+        f"import sys; sys.path.append({str(REPOSITORY)!r}); from unguide_core.adapter.card import read_card; "
         f"print(read_card({str(file)!r}).concept, *{{name.split('.')[0] for name in sys.modules}})"
     )
     alone = [sys.executable, "-I", "-S", "-c", code]  # without any installed package
@@ -128,7 +128,12 @@ def test_reading_a_card_needs_the_standard_library_only():
     assert set(loaded) <= {*sys.stdlib_module_names, "unguide_core", "__main__"}
 
 
-def test_importing_the_package_alone_loads_not_even_torch():
-    code = f"import sys; sys.path.append({str(REPOSITORY)!r}); import unguide_core; print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    "module", ["", ".adapter", ".adapter.card", ".adapter.names", ".training.prompts", ".training.layers"]
+)
+def test_what_needs_no_tensors_does_not_load_torch(module):
+    code = (
+        f"import sys; sys.path.append({str(REPOSITORY)!r}); import unguide_core{module}; print('torch' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"

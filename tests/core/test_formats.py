@@ -8,8 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from unguide_core import containers
-from unguide_core.adapter import Adapter, Card, LowRank
+from unguide_core.adapter import Adapter, Card, LowRank, containers
 from unguide_core.formats import AdapterError, load_adapter, save_adapter
 
 KOHYA = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -104,7 +103,7 @@ def test_a_missing_alpha_means_scale_one_as_in_the_host_and_is_noted(file, randn
     assert adapter.layers[KOHYA_LDM].scale == 0.5
     assert "the file's alpha (1 layers)" in adapter.notes[0]
     assert "scale 1, that is alpha = rank" in adapter.notes[0]
-    assert "for the file stores none (1 layers)" in adapter.notes[0]
+    assert "because the file stores none (1 layers)" in adapter.notes[0]
     assert (adapter.card.rank, adapter.card.alpha) == (None, None)
 
 
@@ -210,7 +209,7 @@ def test_an_existing_file_survives_a_failed_save_and_no_temporary_file_stays(tmp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(containers.os, "fsync", full_disk)
-    with pytest.raises(AdapterError, match=r"cannot save .*No space left on device.*that the disk has room"):
+    with pytest.raises(AdapterError, match=r"cannot save .*No space left on device.*that the disk is not full"):
         save_adapter(mixed_adapter(randn), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
@@ -300,9 +299,9 @@ class Malicious:
 def test_pickles_with_code_are_refused_and_do_not_run(tmp_path, randn, monkeypatch, as_value):
     monkeypatch.chdir(tmp_path)
     torch.save({f"{OFFICIAL}.lora.A": Malicious()} if as_value else Malicious(), tmp_path / "lora.pth")
-    refused(tmp_path / "lora.pth", "more than tensors, perhaps code")
+    refused(tmp_path / "lora.pth", "more than tensors, possibly code")
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(Malicious()))
-    refused(tmp_path / "bare.pth", "a bare pickle, which may run code")
+    refused(tmp_path / "bare.pth", "a bare pickle, which could run code")
     assert not (tmp_path / "i_ran").exists()
 
 
@@ -316,7 +315,7 @@ def test_zip_bombs_and_foreign_zips_are_refused(tmp_path):
     path = tmp_path / "lora.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10_000_000))
-    refused(path, "a compressed zip, and torch writes none")
+    refused(path, "a compressed zip, which torch does not write")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("cat.safetensors", b"x")
     refused(path, "a zip without a torch pickle", "unpack it")
@@ -370,7 +369,7 @@ def test_full_weights_and_foreign_names_are_refused(file, randn):
     refused(file({"model.diffusion_model.out.2.weight": randn(4, 4)}), "full weights", "connect that model")
     refused(file({"first_stage_model.weight": randn(4, 4)}), "no low-rank layers")
     refused(file(pair(randn, "somewhere.else")), "1 layers of unknown naming, such as 'somewhere.else'", "lora_unet_")
-    refused(file({**pair(randn, KOHYA), "note": randn(1)}), "'note', which belongs to no low-rank layer")
+    refused(file({**pair(randn, KOHYA), "note": randn(1)}), "'note', which does not belong to a low-rank layer")
     refused(file({}), "holds no tensors")
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from unguide_core.adapter.formats.full import low_rank_change
 from unguide_core.formats import AdapterError, load_adapter
-from unguide_core.formats.full import low_rank_change
 
 TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 TO_V = TO_K.replace("to_k", "to_v")
@@ -103,7 +103,7 @@ def test_weights_of_other_parts_are_left_out_and_noted(tmp_path, randn, base):
         ({"base": True, "alpha": 2.0}, "full weights, which have no alpha"),
         ({"base": True, "energy": 0.0}, "the energy to keep is 0.0"),
         ({"base": lambda name: None}, "none of its weights differs"),
-        ({"base": lambda name: torch.ones(5, 5)}, "made from another architecture"),
+        ({"base": lambda name: torch.ones(5, 5)}, "made for another architecture"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, randn, base, options, words):
@@ -117,5 +117,5 @@ def test_what_cannot_be_compared_is_refused(tmp_path, randn, base, options, word
 
 def test_nan_in_full_weights_is_refused(tmp_path, base):
     save_file({f"{TO_K}.weight": torch.full((6, 8), float("nan"))}, tmp_path / "esd.safetensors")
-    with pytest.raises(AdapterError, match="holds no finite numbers"):
+    with pytest.raises(AdapterError, match="holds values that are not finite numbers"):
         load_adapter(tmp_path / "esd.safetensors", base=base.get)

@@ -9,7 +9,7 @@ from unguide_core.adapter import LowRank, initial_low_rank
 from unguide_core.formats import AdapterError, load_adapter
 from unguide_core.guidance import blend, classifier_free
 from unguide_core.probe import decide
-from unguide_core.trajectory import official_ddim_timesteps, official_run, sd_alphas_cumprod, sd_betas
+from unguide_core.schedule import official_ddim_timesteps, official_run, sd_alphas_cumprod, sd_betas
 
 
 def combination(golden_a):

@@ -14,7 +14,7 @@ from torch import Tensor
 from unguide_core.adapter import LowRank
 from unguide_core.guidance import blend, classifier_free
 from unguide_core.probe import decide, influence
-from unguide_core.trajectory import (
+from unguide_core.schedule import (
     from_sigma_space,
     official_ddim_timesteps,
     official_run,
@@ -158,7 +158,7 @@ def test_stopping_a_whole_schedule_early_equals_the_partial_run(golden_b, toy, a
     x_t = golden_b.tensors("partial")["S50_t40/bs3/x_T"]
     sigmas = official_run(50).sigmas(sd_alphas_cumprod())
     denoise = toy.denoise(toy.context([PROMPT] * 3), toy.context([""] * 3), 7.5)
-    x = partial_denoise(denoise, to_sigma_space(x_t, sigmas[0].item()), sigmas, steps=10)
+    x = partial_denoise(denoise, to_sigma_space(x_t, sigmas[0].item()), sigmas[:11])
     agree("B stopped after 10 of 49 steps", from_sigma_space(x, sigmas[10].item()), saved, 1e-5)
 
 
@@ -196,7 +196,8 @@ def test_probe_norms_and_decisions_equal_the_official_ones(golden_b, toy, agree,
     for prompt, weight in facts["decide_w"].items():
         decision = decide(per_prompt[prompt], per_prompt[""], weight_otherwise=2.0)
         assert decision.weight == weight, prompt
-        mean = sum(decision.prompt) / decision.repeats
+        values = decision.statistics[0].prompt
+        mean = sum(values) / len(values)
         agree("B probe means", torch.tensor(mean), torch.tensor(facts["official_prompt_avgs"][prompt]), 1e-5)
 
 

@@ -13,12 +13,10 @@ from unguide_core.probe import (
     alignment_statistic,
     decide,
     decide_by,
-    decide_by_threshold,
     influence,
     influence_map,
     influence_statistic,
     paper_statistic,
-    patch_influence,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -89,8 +87,8 @@ def test_weights_of_the_decision_are_the_ones_given():
 def test_the_score_of_the_papers_rule_is_the_ratio_of_means():
     decision = decide(torch.tensor([2.0, 4.0]), torch.tensor([[1.0], [3.0]]))
     assert (decision.score, decision.threshold, decision.statistic) == (1.5, 1.0, "paper")
-    assert (decision.prompt, decision.neutral, decision.concept) == ((2.0, 4.0), (1.0, 3.0), ())
-    assert decision.repeats == 2
+    statistic = decision.statistics[0]
+    assert (statistic.prompt, statistic.neutral, statistic.concept) == ((2.0, 4.0), (1.0, 3.0), ())
 
 
 def test_scores_against_a_neutral_influence_of_zero_stay_finite():
@@ -103,7 +101,7 @@ def test_scores_against_a_neutral_influence_of_zero_stay_finite():
 
 @pytest.mark.parametrize(("prompt", "detected"), [([0.6, 0.5], True), ([0.5], True), ([0.4, 0.59], False)])
 def test_alignment_detects_at_or_above_the_threshold(prompt, detected):
-    decision = decide_by_threshold("alignment", prompt, 0.5, weight_detected=0.0, weight_otherwise=1.0)
+    decision = decide_by([alignment_statistic(prompt, 0.5)], 0.0, 1.0)
     assert decision.detected is detected
     assert decision.weight == (0.0 if detected else 1.0)
     assert decision.statistic == "alignment"
@@ -111,10 +109,10 @@ def test_alignment_detects_at_or_above_the_threshold(prompt, detected):
 
 @pytest.mark.parametrize(("prompt", "detected"), [([1.5, 1.3], True), ([1.36], True), ([1.0, 1.7], False)])
 def test_influence_is_relative_to_the_concepts_own(prompt, detected):
-    decision = decide_by_threshold("influence", prompt, 0.68, concept=[1.5, 2.5])
+    decision = decide_by([influence_statistic(prompt, [1.5, 2.5], 0.68)])
     assert decision.detected is detected
     assert decision.score == pytest.approx(sum(prompt) / len(prompt) / 2.0)
-    assert decision.concept == (1.5, 2.5)
+    assert decision.statistics[0].concept == (1.5, 2.5)
 
 
 def test_the_first_statistic_decides_and_all_are_reported():
@@ -137,7 +135,8 @@ def test_a_decision_can_be_tied_to_a_model_and_an_adapter():
 
 
 def test_a_decision_is_valid_json_with_every_value():
-    decision = decide_by([influence_statistic([1.0, 2.0], 2.0, 0.68), paper_statistic([1.0, 2.0], 0.0)], reason="why")
+    statistics = [influence_statistic([1.0, 2.0], 2.0, 0.68), paper_statistic([1.0, 2.0], 0.0)]
+    decision = decide_by(statistics, reason="why", step=2, sigma=8.5, influence_map=torch.ones(8, 8))
     content = json.loads(decision.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert content["detected"] is True
     assert content["weight"] == -1.0
@@ -147,6 +146,8 @@ def test_a_decision_is_valid_json_with_every_value():
     assert content["concept"] == [2.0]
     assert content["repeats"] == 2
     assert content["reason"] == "why"
+    assert (content["step"], content["sigma"]) == (3, 8.5)  # a person counts steps from 1
+    assert "influence_map" not in content
     assert [s["name"] for s in content["statistics"]] == ["influence", "paper"]
 
 
@@ -156,11 +157,11 @@ def test_values_that_are_not_finite_never_make_a_decision(wild):
         with pytest.raises(ValueError, match="expected finite numbers: the model predicted NaN or infinity"):
             decide(*arguments)
     with pytest.raises(ValueError, match="expected finite numbers"):
-        decide_by_threshold("alignment", [wild], 0.5)
+        alignment_statistic([wild], 0.5)
     with pytest.raises(ValueError, match="threshold of 'alignment'"):
-        decide_by_threshold("alignment", [0.5], wild)
+        alignment_statistic([0.5], wild)
     with pytest.raises(ValueError, match="expected finite numbers"):
-        decide_by_threshold("influence", [1.0], 0.5, concept=wild)
+        influence_statistic([1.0], wild, 0.5)
     with pytest.raises(ValueError, match="weight"):
         decide(2.0, 1.0, weight_detected=wild)
 
@@ -177,18 +178,8 @@ def test_an_adapter_without_influence_on_its_own_concept_is_refused():
         influence_statistic(1.0, [0.0, 0.0], 0.68)
 
 
-@pytest.mark.parametrize(
-    ("statistic", "concept"), [("paper", None), ("alignment", 1.0), ("influence", None), ("x", 1.0)]
-)
-def test_statistics_that_have_no_threshold_or_lack_their_reference_are_refused(statistic, concept):
-    with pytest.raises(ValueError, match=f"got statistic '{statistic}'"):
-        decide_by_threshold(statistic, 1.0, 0.5, concept=concept)
-
-
 def test_unknown_statistics_are_refused():
-    with pytest.raises(
-        ValueError, match="unknown statistic 'distance'; expected one of patch, influence, alignment, paper"
-    ):
+    with pytest.raises(ValueError, match="unknown statistic 'distance'; expected one of influence, alignment, paper"):
         Statistic("distance", 1.0, 1.0, True, (1.0,))
     assert Decision(1.0, (alignment_statistic(1.0, 0.5),)).detected
 
@@ -204,19 +195,10 @@ def test_a_map_shows_where_the_adapter_acts(generator):
     assert float(found[0, :4, 10:].max()) == 0.0
 
 
-def test_the_patch_influence_of_a_change_everywhere_does_not_depend_on_the_size():
+def test_a_map_of_a_change_everywhere_does_not_depend_on_the_size():
     for side in (8, 16, 64):
         base = torch.zeros(1, 4, side, side)
-        assert patch_influence(base, base + 0.5).item() == pytest.approx(1.0)  # sqrt(4 channels * 0.5^2)
-
-
-def test_a_small_change_counts_more_in_its_patch_than_over_the_picture():
-    base = torch.zeros(2, 4, 16, 16)
-    adapted = base.clone()
-    adapted[0] += 1.0
-    adapted[1, :, :5, :5] += 1.0
-    whole, patch = influence(base, adapted), patch_influence(base, adapted)
-    assert patch[1] / patch[0] > 1.5 * whole[1] / whole[0]
+        assert influence_map(base, base + 0.5).max().item() == pytest.approx(1.0)  # sqrt(4 channels * 0.5^2)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 12), (2, 4, 3, 8, 8), (2, 4, 32)])
@@ -231,21 +213,9 @@ def test_maps_of_different_shapes_are_refused():
         influence_map(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 9))
 
 
-@pytest.mark.parametrize(
-    ("score", "confidence"), [(0.0, 1.0), (0.25, 0.5), (0.5, 0.0), (0.6, 0.25), (0.9, 1.0), (2.0, 1.0)]
-)
-def test_confidence_grows_with_the_distance_from_the_threshold(score, confidence):
-    assert alignment_statistic(score, 0.5, certain=0.9).confidence == pytest.approx(confidence)
-
-
-def test_a_smooth_policy_goes_from_one_weight_to_the_other():
-    def weight(score):
-        statistics = [alignment_statistic(score, 0.5, certain=0.9)]
-        return decide_by(statistics, -1.0, 1.0, policy="smooth").weight
-
-    assert [weight(score) for score in (0.4, 0.5, 0.7, 0.9, 1.5)] == pytest.approx([1.0, 1.0, 0.0, -1.0, -1.0])
-
-
-def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="unknown policy 'soft'; expected one of binary, smooth"):
-        decide_by([alignment_statistic(1.0, 0.5)], policy="soft")
+def test_a_decisions_map_takes_no_part_in_comparing_and_printing_it():
+    decision = decide(2.0, 1.0)
+    mapped = replace(decision, influence_map=torch.ones(8, 8))
+    assert mapped == decision
+    assert "influence_map" not in repr(mapped)
+    assert json.loads(decision.to_json())["step"] is None

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from demo.unet import NARROW_WIDTH, UNet
-from unguide_core.layers import LAYERS, chosen_layers, weights_hash
-from unguide_core.prompts import KEPT, lines, listed, names_a_word, prompts_for
-from unguide_core.training import Pair
+from unguide_core.adapter.lowrank import weights_hash
+from unguide_core.training.layers import LAYERS, chosen_layers
+from unguide_core.training.prompts import KEPT, Pair, lines, listed, names_a_word, prompts_for
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def test_presets_choose_the_same_in_diffusers_names():
     [
         ("faces", "", "expected one of object, explicit content, style, custom"),
         ("custom", " ", "pattern is empty"),
-        ("custom", "(", "no regular expression"),
-        ("custom", "nowhere", r"fits none of this model's \d+ linear layers"),
+        ("custom", "(", "is not a regular expression"),
+        ("custom", "nowhere", r"matches none of this model's \d+ linear layers"),
     ],
 )
 def test_a_choice_that_fits_nothing_is_refused(linear, layers, pattern, words):

@@ -13,24 +13,15 @@ import torch
 from torch import Tensor
 
 from unguide_core.adapter import LowRank
-from unguide_core.training import (
-    PRESETS,
-    Draw,
-    Pair,
-    Progress,
-    Prompts,
-    Recipe,
-    Training,
-    TrainingError,
-    fresh_layers,
-    is_out_of_memory,
-    sampled_timesteps,
-)
-from unguide_core.trajectory import official_run
+from unguide_core.schedule import official_run
+from unguide_core.training.prompts import Pair, TrainingPrompts
+from unguide_core.training.recipe import PRESETS, Recipe
+from unguide_core.training.rollout import Draw, is_out_of_memory, sampled_timesteps
+from unguide_core.training.trainer import Progress, Training, TrainingError, fresh_layers
 
 SHAPE, WIDTH = (4, 4, 4), 6
 FEATURES = {"to_k": (WIDTH, 4), "to_v": (WIDTH, 4)}
-PROMPTS = Prompts((Pair("cat", "forest"), Pair("kitty", "forest")), ("", "dog", "ship"), "")
+PROMPTS = TrainingPrompts((Pair("cat", "forest"), Pair("kitty", "forest")), ("", "dog", "ship"), "")
 SMALL = replace(
     PRESETS["selective"],
     iterations=60,
@@ -77,12 +68,12 @@ class Toy:
             self.adapting = before
 
 
-def training(recipe: Recipe, prompts: Prompts = PROMPTS, **options) -> Training:
+def training(recipe: Recipe, prompts: TrainingPrompts = PROMPTS, **options) -> Training:
     layers = fresh_layers(FEATURES, recipe)
     return Training(Toy(layers), layers, prompts, recipe, SHAPE, **options)
 
 
-def finished(recipe: Recipe, prompts: Prompts = PROMPTS, **options) -> tuple[Training, list[Progress]]:
+def finished(recipe: Recipe, prompts: TrainingPrompts = PROMPTS, **options) -> tuple[Training, list[Progress]]:
     made = training(recipe, prompts, **options)
     return made, list(made.run())
 
@@ -161,9 +152,9 @@ def test_kept_and_held_out_latents_are_the_base_models_own():
     made = training(replace(SMALL, check=5, iterations=5))
     next(made.run())
     assert made._held_out is not None
-    batch, untrained = made._held_out
+    latents, untrained = made._held_out
     assert untrained > 0
-    assert set(batch.prompts) == {"cat", "kitty"}
+    assert set(latents.prompts) == {"cat", "kitty"}
 
 
 def test_every_prompt_to_keep_is_met_however_many_there_are():
@@ -239,7 +230,7 @@ def test_rates_keep_their_ratio_unless_both_are_given():
 @pytest.mark.parametrize("reference", ["cat", "Cat", " cat  "])
 def test_a_reference_that_differs_in_case_and_blanks_alone_is_the_same_prompt(reference):
     with pytest.raises(ValueError, match="nothing to learn"):
-        Prompts((Pair("cat", reference),))
+        TrainingPrompts((Pair("cat", reference),))
 
 
 def test_a_model_that_does_not_tell_target_and_reference_apart_has_nothing_to_learn():
@@ -248,7 +239,7 @@ def test_a_model_that_does_not_tell_target_and_reference_apart_has_nothing_to_le
             return super().__call__(z, timesteps, [""] * len(prompts))
 
     layers = fresh_layers(FEATURES, SMALL)
-    with pytest.raises(TrainingError, match=r"draws the same for .* nothing to learn"):
+    with pytest.raises(TrainingError, match=r"predicts the same for .* nothing to learn"):
         list(Training(Deaf(layers), layers, PROMPTS, replace(SMALL, check=5), SHAPE).run())
 
 
@@ -293,7 +284,7 @@ def test_out_of_memory_halves_the_portions_and_changes_nothing_else():
     layers = fresh_layers(FEATURES, recipe)
     made = Training(OutOfMemoryToy(layers), layers, PROMPTS, recipe, SHAPE)
     losses = [p.loss for p in made.run()]
-    assert made.sampler.rows == 2
+    assert made.denoiser.rows == 2
     assert losses == pytest.approx([p.loss for p in finished(recipe)[1]], rel=1e-3)
 
 
@@ -311,7 +302,7 @@ def test_out_of_memory_while_latents_are_sampled_halves_the_portions_too():
     layers = fresh_layers(FEATURES, recipe)
     made = Training(SmallToy(layers), layers, PROMPTS, recipe, SHAPE)
     seen = list(made.run())
-    assert made.sampler.rows <= 3
+    assert made.denoiser.rows <= 3
     assert [p.loss for p in seen] == pytest.approx([p.loss for p in finished(recipe)[1]], rel=1e-3)
     assert seen[-1].evaluations == finished(recipe)[1][-1].evaluations
 
@@ -329,7 +320,7 @@ def test_out_of_memory_asks_for_room_first_and_tries_again():
     made = Training(toy, layers, PROMPTS, recipe, SHAPE, relieve=relieve)
     list(made.run())
     assert asked == [True]
-    assert made.sampler.rows == 32
+    assert made.denoiser.rows == 32
 
 
 def test_a_loss_scale_changes_no_gradient():
@@ -374,9 +365,9 @@ def test_an_official_recipe_needs_a_schedule_that_the_official_code_has():
     [
         ((), (), "no prompt to erase"),
         ((Pair("cat", "cat"),), (), "nothing to learn"),
-        ((Pair("cat", "forest"),), ("cat",), "erased and kept"),
+        ((Pair("cat", "forest"),), ("cat",), "to erase and to keep"),
     ],
 )
 def test_prompts_that_contradict_each_other_are_refused(erased, kept, words):
     with pytest.raises(ValueError, match=words):
-        Prompts(erased, kept)
+        TrainingPrompts(erased, kept)

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what is wrong is said in one sentence, without a traceback."""
+"""The command line: every mistake is reported in one sentence, without a traceback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], status: int, w
 def test_help_lists_every_command(dev: Dev) -> None:
     result = dev("--help")
     assert result.returncode == 0
-    for command in ("test", "serve", "setup", "lint"):
+    for command in ("test", "serve", "setup", "lint", "few-steps"):
         assert f"\n  {command} " in result.stdout
 
 

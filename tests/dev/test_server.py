@@ -81,7 +81,7 @@ def comfyui() -> Iterator[Server]:
         yield running
 
 
-PICTURE: Graph = {
+IMAGE: Graph = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 16, "height": 16, "batch_size": 2, "color": 0xFF0000}},
     "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "test/red"}},
 }
@@ -91,24 +91,24 @@ PICTURE: Graph = {
 class TestApi:
     """Against a real ComfyUI."""
 
-    def test_a_graph_gives_its_pictures(self, comfyui: Server) -> None:
-        pictures = comfyui.api.images(comfyui.api.run(PICTURE))
-        assert list(pictures) == ["2"]
-        assert [data[:4] for data in pictures["2"]] == [b"\x89PNG", b"\x89PNG"]
+    def test_a_graph_gives_its_images(self, comfyui: Server) -> None:
+        images = comfyui.api.images(comfyui.api.run(IMAGE))
+        assert list(images) == ["2"]
+        assert [data[:4] for data in images["2"]] == [b"\x89PNG", b"\x89PNG"]
         assert len(list(comfyui.output_directory.glob("test/red*.png"))) == 2
 
     def test_this_pack_is_loaded(self, comfyui: Server) -> None:
         assert any(name.startswith("UnGuide") for name in comfyui.api.get("/object_info"))
 
     def test_a_graph_that_is_wrong_is_rejected_with_node_and_reason(self, comfyui: Server) -> None:
-        graph = {**PICTURE, "1": {"class_type": "EmptyImage", "inputs": {"width": -3, "height": 16}}}
+        graph = {**IMAGE, "1": {"class_type": "EmptyImage", "inputs": {"width": -3, "height": 16}}}
         with pytest.raises(PromptRejectedError, match=r"EmptyImage \(node 1\): Value -3 smaller than min") as caught:
             comfyui.api.run(graph)
         assert "1" in caught.value.details["node_errors"]
 
-    def test_a_node_that_raises_is_told_with_its_message(self, comfyui: Server) -> None:
+    def test_a_node_that_raises_is_reported_with_its_message(self, comfyui: Server) -> None:
         graph = {
-            **PICTURE,
+            **IMAGE,
             "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "../up"}},
         }
         with pytest.raises(

@@ -56,7 +56,7 @@ def golden_lora(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("lora") / "golden.pth"
     torch.save(load_file(GOLDEN / "c_lora.safetensors"), path)
     adapter = pack_module("unguide_core.formats").load_adapter(path)
-    return pack_module("unguide_comfy.erasure").ErasureLora(path.name, adapter)
+    return pack_module("unguide_comfy.lora.load").ErasureLora(path.name, adapter)
 
 
 def conditioning(context: torch.Tensor) -> list[list[Any]]:
@@ -78,15 +78,95 @@ def encode(manifest: dict[str, Any], recipe: ModuleType):
     return lambda prompt, tokens=77: conditioning(recipe.text_context(manifest["salt"], prompt, tokens))
 
 
+class Observer:
+    """Keeps what the sampling runs of a guided model report: the verdict on each erasure LoRA, and the cost."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[Any, Any]] = []
+
+    def __call__(self, verdicts: Any, cost: Any) -> None:
+        self.runs.append((verdicts, cost))
+
+    @property
+    def verdicts(self) -> Any:
+        """The last run's verdicts."""
+        return self.runs[-1][0]
+
+    @property
+    def cost(self) -> Any:
+        """The last run's cost."""
+        return self.runs[-1][1]
+
+    @property
+    def decision(self) -> Any:
+        """The last run's leading decision on its last erasure LoRA."""
+        return self.verdicts[-1].decision
+
+
+def settings(**chosen: Any) -> Any:
+    """The gate's settings."""
+    return pack_module("unguide_comfy.probe.settings").Settings(**chosen)
+
+
+def guided(model: Any, loras: Any, *arguments: Any, observer: Any = None, **chosen: Any) -> Any:
+    """A model behind the gate of one or several erasure LoRAs, with some settings.
+
+    Args:
+        arguments: further ones of `attach.guided`, such as decisions.
+    """
+    loras = loras if isinstance(loras, tuple) else (loras,)
+    attach = pack_module("unguide_comfy.gate.attach")
+    return attach.guided(model, loras, settings(**chosen), *arguments, observer=observer)
+
+
 def fixed(model: Any, lora: Any, weight: float) -> Any:
-    """A model that blends with a fixed weight."""
-    gating, deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
-    gate = gating.Gate(gating.FIXED, deciding.ProbeSettings(weight_detected=weight))
-    return gating.guided(model, (lora,), gate)
+    """A model that always blends, with one weight."""
+    return guided(model, lora, decide="always erase", weight_detected=weight)
+
+
+def latent(batch: int = 1, size: int = 8, **more: Any) -> dict[str, Any]:
+    """An empty latent."""
+    return {"samples": torch.zeros(batch, 4, size, size), **more}
+
+
+def ksampler(
+    model: Any,
+    positive: Any,
+    negative: Any,
+    image: Any = None,
+    *,
+    batch: int = 1,
+    steps: int = 3,
+    cfg: float = 4.0,
+    sampler_name: str = "euler",
+    scheduler: str = "normal",
+    seed: int = 3,
+    last_step: int | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """KSampler's latents, from an empty latent if no image is given."""
+    import nodes
+
+    (out,) = nodes.common_ksampler(
+        model,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        negative,
+        latent(batch) if image is None else image,
+        last_step=last_step,
+        **options,
+    )
+    return out["samples"]
 
 
 CHECKPOINT = "unguide-demo.safetensors"
 LORA = "unguide-demo/selective/cat.safetensors"
+CAT = "a photo of the cat"
+UNRELATED = ("a photo of the dog", "a photo of the ship", "a photo of the forest", "")
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +181,13 @@ def demo() -> Demo:
 def demo_lora(demo: Demo):
     """The demo's erasure LoRA for "cat", its prompts encoded."""
     with torch.inference_mode():
-        return pack_module("unguide_comfy.erasure").load_erasure_lora(LORA, 1.0, demo.clip)
+        return load("selective", "cat", demo)
+
+
+def load(kind: str, concept: str, demo: Demo) -> Any:
+    """An erasure LoRA of the demo."""
+    name = f"unguide-demo/{kind}/{concept}.safetensors"
+    return pack_module("unguide_comfy.lora.load").load_erasure_lora(name, 1.0, demo.clip)
 
 
 class Demo:

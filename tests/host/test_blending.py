@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.cldm.cldm
+import comfy.conds
 import comfy.controlnet
 import comfy.model_management
 import comfy.samplers
@@ -18,43 +19,22 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras import nodes_custom_sampler as custom
 from comfy_extras.nodes_model_advanced import RescaleCFG
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
 import nodes as host
 from tests.conftest import pack_module
-from tests.host.conftest import fixed
+from tests.host.conftest import CAT, Observer, fixed, guided, ksampler, latent
 
-CAT, OTHER, THIRD = "a photo of the cat", "a photo of the dog", "in the forest"
+THIRD = "in the forest"
 Sample = Callable[..., torch.Tensor]
 
 
-def latent(batch: int = 1, size: int = 8, **more: Any) -> dict[str, Any]:
-    return {"samples": torch.zeros(batch, 4, size, size), **more}
-
-
-def drawn(size: int = 8) -> dict[str, Any]:
-    """A latent with something in it, for img2img."""
-    return {"samples": torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(5))}
-
-
-def ksampler(model: Any, positive: Any, negative: Any, image: Any = None, *, steps: int = 3, **options: Any) -> Any:
-    settings = {"sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, **options}
-    image = latent() if image is None else image
-    (out,) = host.common_ksampler(
-        model,
-        7,
-        steps,
-        4.0,
-        settings.pop("sampler_name"),
-        settings.pop("scheduler"),
-        positive,
-        negative,
-        image,
-        **settings,
-    )
-    return out["samples"]
+def filled() -> dict[str, Any]:
+    """A latent with something in it, for image to image."""
+    return {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))}
 
 
 def half_mask(size: int = 64) -> torch.Tensor:
@@ -89,7 +69,7 @@ def plain(model, encode, *_):
 
 
 def batch_of_three(model, encode, *_):
-    return ksampler(model, encode(CAT), encode(""), latent(3))
+    return ksampler(model, encode(CAT), encode(""), batch=3)
 
 
 def prompts_of_unequal_length(model, encode, *_):
@@ -111,11 +91,11 @@ def masked_conditioning(model, encode, *_):
 
 
 def image_to_image(model, encode, *_):
-    return ksampler(model, encode(CAT), encode(""), drawn(), denoise=0.6)
+    return ksampler(model, encode(CAT), encode(""), filled(), denoise=0.6)
 
 
 def inpainting(model, encode, *_):
-    return ksampler(model, encode(CAT), encode(""), {**drawn(), "noise_mask": half_mask()})
+    return ksampler(model, encode(CAT), encode(""), {**filled(), "noise_mask": half_mask()})
 
 
 def controlled(model, encode, control_net):
@@ -210,21 +190,16 @@ def test_weight_one_is_the_base_model_bit_for_bit(workflow, golden_model, golden
 
 
 @named
-def test_a_watched_run_that_finds_nothing_is_the_base_model_bit_for_bit(
+def test_a_gate_that_detects_nothing_leaves_the_base_model_bit_for_bit(
     workflow, golden_model, golden_lora, encode, control_net
 ):
-    """It is looked at on the way, with the concept's prompt, against a threshold that nothing reaches."""
-    gating, deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
-    lora = dataclasses.replace(golden_lora, concept=encode(THIRD), neutral=encode(""))
-    settings = deciding.ProbeSettings(statistic="alignment", threshold=100.0)
-    reports: list[Any] = []
-    gate = gating.Gate(gating.TRAJECTORY, settings)
-    watched = gating.guided(golden_model, (lora,), gate, observer=reports.append)
-    assert torch.equal(workflow(watched, encode, control_net), workflow(golden_model, encode, control_net))
-    (outcome,) = reports[-1].outcomes
-    assert reports[-1].evaluations["adapted"] == 0
-    assert outcome.decisions
-    assert not any(decision.detected for decision in outcome.decisions)
+    """It probes half way, with the concept's prompt, against a threshold that nothing reaches."""
+    lora, observer = dataclasses.replace(golden_lora, concept=encode(THIRD), neutral=encode("")), Observer()
+    model = guided(golden_model, lora, observer=observer, statistic="alignment", threshold=100.0, probe_steps=10)
+    assert torch.equal(workflow(model, encode, control_net), workflow(golden_model, encode, control_net))
+    assert observer.cost.evaluations["adapted"] == 0
+    assert observer.verdicts[0].decisions
+    assert not observer.decision.detected
 
 
 @named
@@ -247,7 +222,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_one_step_is_the_blend_of_base_and_merged(
     conditioned, passes, weight, golden_model, merged_model, golden_lora, encode, control_net, monkeypatch
 ):
-    monkeypatch.setattr(pack_module("unguide_comfy.blending").Call, "fits", lambda *_: passes == "one batch")
+    monkeypatch.setattr(pack_module("unguide_comfy.blend.forward").Call, "_fits", lambda *_: passes == "one batch")
     monkeypatch.setitem(ksampler.__kwdefaults__, "steps", 1)
     base, merged, blended = (
         conditioned(model, encode, control_net)
@@ -269,8 +244,6 @@ def test_another_merged_lora_is_part_of_the_base(golden_model, merged_model, gol
 
 
 def test_strength_scales_the_adapter(golden_model, golden_lora, encode):
-    import dataclasses
-
     halved = dataclasses.replace(golden_lora, strength=0.5)
     base = ksampler(golden_model, encode(CAT), encode(""))
     full, half = (
@@ -335,10 +308,69 @@ def test_a_run_that_ends_early_leaves_the_model_as_it_was(kind, golden_model, go
 
 
 def test_calling_the_model_outside_a_sampling_run_is_refused(golden_model, golden_lora, encode):
-    blending = pack_module("unguide_comfy.blending")
+    wrapper = pack_module("unguide_comfy.blend.wrapper")
 
     class Executor:
         class_obj = golden_model.model
 
     with pytest.raises(RuntimeError, match="outside a sampling run"):
-        blending.blended_prediction(Executor(), torch.zeros(1, 4, 8, 8), torch.ones(1))
+        wrapper.blended_prediction(Executor(), torch.zeros(1, 4, 8, 8), torch.ones(1))
+
+
+# rows that cannot be told apart
+
+
+class Constant(comfy.conds.CONDRegular):
+    """A conditioning whose first dimension is not the batch."""
+
+    def process_cond(self, batch_size: int, **kwargs: Any) -> Constant:
+        return self
+
+    def can_concat(self, other: Any) -> bool:
+        return True
+
+    def concat(self, others: Any) -> torch.Tensor:
+        return self.cond
+
+
+def with_constants(conditioning: Any) -> Any:
+    return [[text, {**more, "model_conds": {"unused": Constant(torch.ones(5))}}] for text, more in conditioning]
+
+
+def with_flat_text(model: Any) -> Any:
+    """The model with one layer whose input has tokens in its first dimension, and not samples."""
+    attention = model.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn2
+
+    def forward(x, context=None, value=None, mask=None, transformer_options=None):
+        flat = context.flatten(0, 1)
+        k, v = (layer(flat).unflatten(0, context.shape[:2]) for layer in (attention.to_k, attention.to_v))
+        return attention.to_out(optimized_attention(attention.to_q(x), k, v, attention.heads))
+
+    clone = model.clone()
+    clone.add_object_patch("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.forward", forward)
+    return clone
+
+
+def of_two_prompts(demo: Any, lora: Any, flat: bool, constants: bool, low_memory: bool) -> tuple[torch.Tensor, Any]:
+    """A batch of two prompts of which one is detected, and the gate's verdict."""
+    ((cat, options),), ((dog, _),) = demo.encode(CAT), demo.encode("a photo of the dog")
+    prompts = [[torch.cat([cat, dog]), {**options, "pooled_output": None}]], demo.encode("")
+    prompts = [with_constants(prompt) if constants else prompt for prompt in prompts]
+    observer = Observer()
+    chosen = {"statistic": "influence", "threshold": 0.5, "weight_detected": -1.0, "low_memory": low_memory}
+    model = guided(with_flat_text(demo.model) if flat else demo.model, lora, observer=observer, **chosen)
+    return ksampler(model, *prompts, batch=2, steps=8, last_step=3), observer.verdicts[0]
+
+
+@pytest.fixture(scope="module")
+def two_prompts(demo, demo_lora):
+    with torch.inference_mode():
+        return of_two_prompts(demo, demo_lora, flat=False, constants=False, low_memory=False)
+
+
+@pytest.mark.parametrize("awkward", [{"flat"}, {"constants"}, {"flat", "constants"}, {"constants", "low_memory"}])
+def test_rows_that_cannot_be_told_apart_are_computed_one_adapter_after_the_other(awkward, two_prompts, demo, demo_lora):
+    options = {name: name in awkward for name in ("flat", "constants", "low_memory")}
+    found, verdict = of_two_prompts(demo, demo_lora, **options)
+    assert verdict.weights == two_prompts[1].weights == (-1.0, 1.0)
+    assert relative(found, two_prompts[0]) < 1e-4

@@ -19,7 +19,7 @@ from tests.host.test_blending import relative
 from tests.host.test_foreign import Inputs, adapted, factors
 from tests.host.test_refusals import LAYER, pair
 
-formats, names = (pack_module(f"unguide_core.{name}") for name in ("formats", "names"))
+formats, names = (pack_module(f"unguide_core.{name}") for name in ("formats", "adapter.names"))
 erasure, gating, matching = (pack_module(f"unguide_comfy.{name}") for name in ("erasure", "gating", "matching"))
 AdapterError = formats.AdapterError
 LACKING = LAYER.replace("input_blocks.1.", "input_blocks.11.")
@@ -222,6 +222,6 @@ def test_a_name_outside_the_output_folder_is_refused(lora_folder, output_folder)
 def test_what_a_format_cannot_hold_is_an_error_and_no_file(lora_folder, output_folder):
     save_file({**pair(), f"{LAYER}.alpha": torch.tensor(3.0)}, lora_folder / "cat.safetensors")
     lora, _ = load("cat.safetensors")
-    with pytest.raises(AdapterError, match="no power of two"):
+    with pytest.raises(AdapterError, match="not a power of two"):
         save((lora,), format="official")
     assert not list(output_folder.rglob("*.pth"))

@@ -25,7 +25,7 @@ from tests.conftest import pack_module
 from tests.host.families import FAMILIES, Family
 from tests.host.test_blending import relative
 
-formats, names, adapters = (pack_module(f"unguide_core.{name}") for name in ("formats", "names", "adapter"))
+formats, names, adapters = (pack_module(f"unguide_core.{name}") for name in ("formats", "adapter.names", "adapter"))
 injection, matching = (pack_module(f"unguide_comfy.{name}") for name in ("injection", "matching"))
 
 LIMIT = 1e-5

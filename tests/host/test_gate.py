@@ -1,538 +1,487 @@
-"""The gate on the trained demo model: what it finds, what it leaves alone, what it reports."""
+"""The gate on the trained demo model: what it detects, what it leaves alone, when it decides, what that costs."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import resource
 from typing import Any
 
+import comfy.samplers
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as custom
+from comfy_extras.nodes_perpneg import PerpNegGuider
 
 import nodes as host
 from tests.conftest import pack_module
-from tests.host.conftest import LORA, Demo
+from tests.host.conftest import CAT, LORA, UNRELATED, Demo, Observer, guided, ksampler, latent, load
 
-CONCEPT, SYNONYMS = "a photo of the cat", ("a photo of the kitty", "a photo of the feline", "a photo of the housecat")
-UNRELATED = ("a photo of the dog", "a photo of the ship", "a photo of the forest", "")
+SYNONYMS = ("a photo of the kitty", "a photo of the feline", "a photo of the housecat")
 STEPS = 4
+SHORT = {"steps": 8, "last_step": STEPS}
+"""The first four steps of eight; the probe is in the second."""
 
-gating, deciding, outcomes = (pack_module(f"unguide_comfy.{name}") for name in ("gating", "deciding", "outcomes"))
-
-
-def latent(batch: int = 1) -> dict[str, Any]:
-    return {"samples": torch.zeros(batch, 4, 8, 8)}
-
-
-def ksampler(
-    model: Any, positive: Any, negative: Any, batch: int = 1, sampler: str = "euler", seed: int = 3
-) -> torch.Tensor:
-    (out,) = host.common_ksampler(model, seed, STEPS, 4.0, sampler, "normal", positive, negative, latent(batch))
-    return out["samples"]
+attach, steps_of = (pack_module(f"unguide_comfy.gate.{name}") for name in ("attach", "steps"))
+summary = pack_module("unguide_comfy.report.text").summary
 
 
-def gated(demo: Demo, lora: Any, reports: list[Any] | None = None, **settings: Any) -> Any:
-    gate = gating.Gate(gating.PROBE, deciding.ProbeSettings(**settings))
-    return gating.guided(demo.model, (lora,), gate, observer=None if reports is None else reports.append)
+def run(demo: Demo, loras: Any, prompt: str, **options: Any) -> tuple[torch.Tensor, Observer]:
+    """The image of a prompt behind a gate, and what the run reports; `options` of KSampler and of the settings."""
+    sampling = {name: options.pop(name) for name in (*ksampler.__kwdefaults__, "image", "denoise") if name in options}
+    observer = Observer()
+    model = guided(demo.model, loras, observer=observer, **options)
+    return ksampler(model, demo.encode(prompt), demo.encode(""), **{**SHORT, **sampling}), observer
 
 
-def decision_for(demo: Demo, lora: Any, positive: Any, **settings: Any) -> Any:
-    reports: list[Any] = []
-    ksampler(gated(demo, lora, reports, **settings), positive, demo.encode(""))
-    return reports[0].outcomes[0].decision
+def base(demo: Demo, prompt: str, **sampling: Any) -> torch.Tensor:
+    """The base model's image."""
+    return ksampler(demo.model, demo.encode(prompt), demo.encode(""), **{**SHORT, **sampling})
 
 
-def probe_node(demo: Demo, loras: tuple[Any, ...], prompt: str, cfg: float = 4.0, **options: Any) -> Any:
-    return pack_module("nodes.probe").StabilityProbe.execute(
-        demo.model, loras, demo.encode(prompt), demo.encode(""), latent(), cfg, 0, 0.0, 1.0, **options
-    )
+def probe(demo: Demo, loras: tuple[Any, ...], prompt: str) -> Any:
+    """The outputs of Stability Probe."""
+    node = pack_module("nodes.probe").StabilityProbe
+    return node.execute(demo.model, loras, demo.encode(prompt), demo.encode(""), latent(), 4.0, 0).args
 
 
-@pytest.mark.parametrize("prompt", [CONCEPT, *SYNONYMS])
-def test_the_concept_and_its_synonyms_are_found(prompt, demo, demo_lora):
-    assert decision_for(demo, demo_lora, demo.encode(prompt)).detected
+def sample_with(guider: Any, model: Any) -> torch.Tensor:
+    """The same steps with a guider."""
+    sigmas = custom.BasicScheduler.execute(model, "normal", SHORT["steps"], 1.0)[0][: STEPS + 1]
+    sampler = custom.KSamplerSelect.execute("euler")[0]
+    noise = custom.RandomNoise.execute(3)[0]
+    return custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent())[0]["samples"]
 
 
-def test_the_concept_in_a_scene_is_found_by_its_influence(demo, demo_lora):
+# what it detects
+
+
+@pytest.mark.parametrize("prompt", [CAT, *SYNONYMS])
+def test_the_concept_and_its_synonyms_are_detected(prompt, demo, demo_lora):
+    (decision,) = probe(demo, (demo_lora,), prompt)[0]
+    assert decision.detected
+
+
+def test_the_concept_in_a_scene_is_detected_by_its_influence(demo, demo_lora):
     for prompt in ("a cat in the forest", "a cat in the snow"):
-        decision = decision_for(demo, demo_lora, demo.encode(prompt))
+        (decision,) = probe(demo, (demo_lora,), prompt)[0]
         assert decision.detected
         assert decision.statistic == "influence"
 
 
-def test_a_calibrated_card_lets_influence_decide_and_the_patch_stands_beside_it(demo, demo_lora):
-    decision = decision_for(demo, demo_lora, demo.encode(CONCEPT))
-    assert [statistic.name for statistic in decision.statistics] == ["influence", "patch"]
-    assert 0.0 < decision.threshold < 0.68
-    assert decision.confidence == 1.0
-
-
-def test_a_card_without_a_calibration_leaves_the_decision_to_alignment(demo, demo_lora):
-    decision = decision_for(demo, without_calibration(demo_lora), demo.encode(CONCEPT))
-    assert [statistic.name for statistic in decision.statistics] == ["alignment"]
-
-
 @pytest.mark.parametrize("prompt", UNRELATED)
-def test_other_prompts_are_not(prompt, demo, demo_lora):
-    assert not decision_for(demo, demo_lora, demo.encode(prompt)).detected
+def test_other_prompts_are_not_detected(prompt, demo, demo_lora):
+    (decision,) = probe(demo, (demo_lora,), prompt)[0]
+    assert not decision.detected
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
-def test_an_unrelated_picture_is_the_base_models_bit_for_bit(sampler, batch, demo, demo_lora):
-    positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
-    expected = ksampler(demo.model, positive, negative, batch, sampler)
-    assert torch.equal(ksampler(gated(demo, demo_lora), positive, negative, batch, sampler), expected)
+def test_the_node_and_the_gate_decide_alike_every_time(demo, demo_lora):
+    for prompt in (CAT, UNRELATED[0]):
+        (decision,) = probe(demo, (demo_lora,), prompt)[0]
+        first, second = (run(demo, demo_lora, prompt, steps=1, decide="before sampling")[1] for _ in range(2))
+        assert first.decision == second.decision
+        assert (decision.detected, decision.statistic) == (first.decision.detected, first.decision.statistic)
+        assert decision.score == pytest.approx(first.decision.score, abs=1e-5)
 
 
-def test_a_picture_of_the_concept_changes(demo, demo_lora):
-    positive, negative = demo.encode(CONCEPT), demo.encode("")
-    base, erased = ksampler(demo.model, positive, negative), ksampler(gated(demo, demo_lora), positive, negative)
-    assert (erased - base).norm() > 0.1 * base.norm()
+def test_the_concept_is_detected_among_other_conditionings(demo, demo_lora):
+    (area,) = host.ConditioningSetArea().append(demo.encode(CAT), 32, 64, 0, 32, 1.0)
+    late = [[text, {**options, "start_percent": 0.6}] for text, options in demo.encode(CAT)]
+    for hidden in (demo.encode(CAT), area, late):
+        observer = Observer()
+        model = guided(demo.model, demo_lora, observer=observer)
+        ksampler(model, demo.encode(UNRELATED[2]) + hidden, demo.encode(""), steps=2)
+        assert observer.decision.detected
+
+
+def test_the_concept_is_detected_in_a_guiders_second_prompt(demo, demo_lora):
+    observer = Observer()
+    model = guided(demo.model, demo_lora, observer=observer)
+    prompts = demo.encode(UNRELATED[0]), demo.encode(CAT), demo.encode("")
+    sample_with(custom.DualCFGGuider.execute(model, *prompts, 4.0, 2.0, "regular")[0], model)
+    assert observer.decision.detected
+
+
+# the negative prompt
+
+
+@pytest.mark.parametrize("cfg", [0.0, 0.5])
+def test_a_concept_in_the_negative_prompt_is_detected_where_guidance_pulls_towards_it(cfg, demo, demo_lora):
+    observer = Observer()
+    model = guided(demo.model, demo_lora, observer=observer)
+    positive, negative = demo.encode(UNRELATED[0]), demo.encode(CAT)
+    erased = ksampler(model, positive, negative, cfg=cfg, **SHORT)
+    image = ksampler(demo.model, positive, negative, cfg=cfg, **SHORT)
+    assert observer.decision.detected
+    assert (erased - image).norm() > 0.1 * image.norm()
+
+
+def test_a_concept_that_guidance_leads_away_from_is_not_detected(demo, demo_lora):
+    observer = Observer()
+    positive, cat, empty = demo.encode(UNRELATED[0]), demo.encode(CAT), demo.encode("")
+    model = guided(demo.model, demo_lora, observer=observer)
+    assert torch.equal(ksampler(model, positive, cat, **SHORT), ksampler(demo.model, positive, cat, **SHORT))
+    sample_with(PerpNegGuider.execute(model, positive, empty, cat, 4.0, 1.0)[0], model)
+    assert [verdicts[0].decision.detected for verdicts, _ in observer.runs] == [False, False]
+
+
+@pytest.mark.skipif(not hasattr(custom, "DualModelGuider"), reason="this host has no DualModelGuider")
+@pytest.mark.parametrize("cfg", [0.5, 4.0])
+def test_with_a_second_model_for_the_negative_prompt_the_same_holds(cfg, demo, demo_lora):
+    observer = Observer()
+    model = guided(demo.model, demo_lora, observer=observer)
+    for positive, negative in ((CAT, ""), (UNRELATED[0], CAT)):
+        prompts = {"positive": demo.encode(positive), "negative": demo.encode(negative)}
+        guider = custom.DualModelGuider.execute(model, cfg=cfg, model_negative=demo.model, **prompts)[0]
+        sample_with(guider, model)
+    detected = [verdicts[0].decision.detected for verdicts, _ in observer.runs]
+    assert detected == [True, cfg < 1.0]
+
+
+# what it leaves alone
+
+
+@pytest.mark.parametrize(
+    ("decide", "sampler", "batch"),
+    [
+        *(("during sampling", sampler, 1) for sampler in ("euler", "euler_ancestral", "heun")),
+        *(("during sampling", sampler, 3) for sampler in ("euler", "euler_ancestral", "dpmpp_2m_sde", "euler_cfg_pp")),
+        *(("before sampling", sampler, 3) for sampler in ("euler_ancestral", "dpmpp_2m_sde")),
+    ],
+)
+def test_an_unrelated_image_is_the_base_models_bit_for_bit(decide, sampler, batch, demo, demo_lora):
+    sampling = {"sampler_name": sampler, "batch": batch}
+    image, observer = run(demo, demo_lora, UNRELATED[0], decide=decide, **sampling)
+    assert torch.equal(image, base(demo, UNRELATED[0], **sampling))
+    assert observer.cost.evaluations["adapted"] == 0
+    assert len(observer.verdicts[0].decisions) == (batch if decide == "during sampling" else 1)
+
+
+def test_samples_of_a_batch_are_decided_one_by_one(demo, demo_lora):
+    """A batch of two prompts: the cat is erased, the dog beside it is the base model's, bit for bit."""
+    ((cat, options),), ((dog, _),) = demo.encode(CAT), demo.encode(UNRELATED[0])
+    positive = [[torch.cat([cat, dog]), {**options, "pooled_output": None}]]
+    observer = Observer()
+    model = guided(demo.model, demo_lora, observer=observer)
+    erased, image = (ksampler(each, positive, demo.encode(""), batch=2, **SHORT) for each in (model, demo.model))
+    assert [decision.detected for decision in observer.verdicts[0].decisions] == [True, False]
+    assert observer.verdicts[0].weights == (0.0, 1.0)
+    assert torch.equal(erased[1], image[1])
+    assert (erased[0] - image[0]).norm() > 0.1 * image[0].norm()
 
 
 def test_the_probe_leaves_the_global_random_numbers_alone(demo, demo_lora):
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    probe_node(demo, (demo_lora,), CONCEPT)
+    probe(demo, (demo_lora,), CAT)
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_same_prompt_gets_the_same_decision(demo, demo_lora):
-    first, second = (decision_for(demo, demo_lora, demo.encode(CONCEPT)) for _ in range(2))
-    assert first == second
+# strength
 
 
-def test_the_node_and_the_gate_decide_alike(demo, demo_lora):
-    for prompt in (CONCEPT, UNRELATED[0]):
-        (decision,) = probe_node(demo, (demo_lora,), prompt)[0]
-        found = decision_for(demo, demo_lora, demo.encode(prompt))
-        assert (decision.detected, decision.statistic) == (found.detected, found.statistic)
-        assert decision.score == pytest.approx(found.score, abs=1e-5)
+@pytest.mark.parametrize("decide", ["during sampling", "before sampling"])
+def test_strength_changes_what_is_erased_and_neither_the_score_nor_the_cost(decide, demo, demo_lora):
+    strong = dataclasses.replace(demo_lora, strength=2.0)
+    (weak_image, weak), (strong_image, observer) = (run(demo, lora, CAT, decide=decide) for lora in (demo_lora, strong))
+    assert observer.decision == weak.decision
+    assert observer.decision.detected
+    assert (strong_image - weak_image).norm() > 0.05 * weak_image.norm()
+    assert observer.cost.evaluations == weak.cost.evaluations
 
 
-def test_the_concept_is_found_among_other_conditionings(demo, demo_lora):
-    (area,) = host.ConditioningSetArea().append(demo.encode(CONCEPT), 32, 64, 0, 32, 1.0)
-    late = [[text, {**options, "start_percent": 0.6}] for text, options in demo.encode(CONCEPT)]
-    for hidden in (demo.encode(CONCEPT), area, late):
-        assert decision_for(demo, demo_lora, demo.encode(UNRELATED[2]) + hidden).detected
+def test_strength_leaves_an_unrelated_image_alone(demo, demo_lora):
+    strong = dataclasses.replace(demo_lora, strength=2.0)
+    (_, weak), (image, observer) = (run(demo, lora, UNRELATED[0], batch=2) for lora in (demo_lora, strong))
+    assert observer.verdicts[0].decisions == weak.verdicts[0].decisions
+    assert torch.equal(image, base(demo, UNRELATED[0], batch=2))
 
 
-def test_the_concept_is_found_in_a_guiders_second_prompt(demo, demo_lora):
-    reports: list[Any] = []
-    model = gated(demo, demo_lora, reports)
-    guider = custom.DualCFGGuider.execute(
-        model, demo.encode(UNRELATED[0]), demo.encode(CONCEPT), demo.encode(""), 4.0, 2.0, "regular"
-    )[0]
-    sigmas = custom.BasicScheduler.execute(model, "normal", STEPS, 1.0)[0]
-    sampler = custom.KSamplerSelect.execute("euler")[0]
-    custom.SamplerCustomAdvanced.execute(custom.RandomNoise.execute(3)[0], guider, sampler, sigmas, latent())
-    assert reports[0].outcomes[0].decision.detected
+def test_erasing_harder_than_the_adapter_takes_one_pass(demo, demo_lora):
+    strong = dataclasses.replace(demo_lora, strength=2.0)
+    _, observer = run(demo, strong, CAT, decide="always erase")
+    assert observer.cost.total == observer.cost.plain == 2 * STEPS
+    assert observer.cost.evaluations["adapted"] == 2 * STEPS
 
 
-# which statistic
+# every schedule decides
 
 
-def load(kind: str, concept: str, demo: Demo) -> Any:
-    erasure = pack_module("unguide_comfy.erasure")
-    return erasure.load_erasure_lora(f"unguide-demo/{kind}/{concept}.safetensors", 1.0, demo.clip)
-
-
-def without_clip(lora: Any) -> Any:
-    return dataclasses.replace(lora, concept=None, neutral=None)
-
-
-def without_calibration(lora: Any) -> Any:
-    card = dataclasses.replace(lora.adapter.card, calibration={})
-    return dataclasses.replace(lora, adapter=dataclasses.replace(lora.adapter, card=card))
-
-
-def test_alignment_decides_where_an_adapter_acts_on_other_prompts_as_well(demo):
-    lora = load("paper", "cat", demo)
-    assert lora.adapter.card.calibration
-    assert decision_for(demo, lora, demo.encode(CONCEPT)).statistic == "alignment"
-
-
-def test_influence_decides_where_it_separates_badly_and_alignment_misses_more(demo):
-    lora = load("paper", "deer", demo)
-    decision = decision_for(demo, lora, demo.encode("a photo of the deer"))
-    assert decision.statistic == "influence"
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"steps": 1},
+        {"steps": 3, "scheduler": "karras"},
+        {"steps": 2, "scheduler": "exponential"},
+        {"steps": 6, "denoise": 0.5},
+        {"steps": 10, "last_step": 1},
+        {"steps": 40, "last_step": 2},
+    ],
+    ids=lambda sampling: " ".join(map(str, sampling.values())),
+)
+def test_every_schedule_has_a_step_at_which_the_concept_is_detected(sampling, demo, demo_lora):
+    """A partial schedule starts from an image of the concept."""
+    if "denoise" in sampling:
+        sampling = {**sampling, "image": {"samples": base(demo, CAT, steps=8)}}
+    sampling = {"last_step": None, **sampling}
+    image, observer = run(demo, demo_lora, CAT, **sampling)
+    (decision,) = observer.verdicts[0].decisions
     assert decision.detected
+    assert decision.step is not None
+    assert not torch.equal(image, base(demo, CAT, **sampling))
 
 
-def test_without_a_clip_the_cards_calibration_decides(demo, demo_lora):
-    for prompt, expected in ((CONCEPT, True), (UNRELATED[2], False)):
-        decision = decision_for(demo, without_clip(demo_lora), demo.encode(prompt))
-        assert decision.statistic == "influence"
-        assert decision.detected is expected
+def test_few_steps_are_decided_by_the_calibration_too(demo, demo_lora):
+    for prompt, detected in ((CAT, True), ("a cat in the forest", True), (UNRELATED[0], False)):
+        _, observer = run(demo, demo_lora, prompt, steps=4, last_step=1)
+        assert (observer.decision.detected, observer.decision.statistic) == (detected, "influence")
 
 
-def test_with_neither_the_papers_rule_decides_and_says_so(demo, demo_lora, caplog):
-    decision = decision_for(demo, without_calibration(without_clip(demo_lora)), demo.encode(CONCEPT))
-    assert decision.statistic == "paper"
-    assert "negative prompt stood in" in decision.reason
-    assert "no neutral prompt" in caplog.text
+def test_both_halves_of_a_split_run_are_decided(demo, demo_lora):
+    observer = Observer()
+    model = guided(demo.model, demo_lora, observer=observer)
+    node = host.KSamplerAdvanced()
+    arguments = 3, 6, 4.0, "euler", "normal", demo.encode(CAT), demo.encode("")
+    (half,) = node.sample(model, "enable", *arguments, latent(), 0, 2, "enable")
+    node.sample(model, "disable", *arguments, half, 2, 6, "disable")
+    (first,), (second,) = (verdicts[0].decisions for verdicts, _ in observer.runs)
+    assert first.detected
+    assert second.sigma < first.sigma
 
 
-def test_a_calibration_for_another_size_is_not_used(demo, demo_lora):
-    lora = without_clip(demo_lora)
-    reports: list[Any] = []
-    model = gated(demo, lora, reports)
-    host.common_ksampler(
-        model,
-        3,
-        1,
-        4.0,
-        "euler",
-        "normal",
-        demo.encode(CONCEPT),
-        demo.encode(""),
-        {"samples": torch.zeros(1, 4, 8, 16)},
-    )
-    assert reports[0].outcomes[0].decision.statistic == "paper"
+@pytest.mark.parametrize("scheduler", comfy.samplers.KSampler.SCHEDULERS)
+def test_the_probes_step_is_one_of_the_runs_before_the_silhouette_is_settled(scheduler, demo):
+    sampling = demo.model.get_model_object("model_sampling")
+    own = comfy.samplers.calculate_sigmas(sampling, "normal", 20)
+    for steps in (1, 2, 3, 4, 6, 10, 20, 50):
+        sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)
+        step = steps_of.probing_step(sigmas, own, 2)
+        assert 0 <= step < len(sigmas)
+        assert step == 0 or not steps_of.is_settled(own, float(sigmas[step]))
+        if steps >= 20:
+            assert steps_of.progress(own, float(sigmas[step])) == pytest.approx(2 / 20, abs=1.1 / 20)
 
 
-def test_the_node_reports_every_statistic(demo, demo_lora):
-    decisions, weight, score, detected, plot, report = probe_node(demo, (demo_lora,), CONCEPT).args
-    assert {statistic.name for statistic in decisions[0].statistics} == {"patch", "influence", "alignment", "paper"}
-    assert (weight, detected) == (0.0, True)
-    assert score == decisions[0].score
-    assert plot.ndim == 4
-    assert plot.shape[3] == 3
-    assert 0.0 <= float(plot.min()) < float(plot.max()) <= 1.0
-    content = json.loads(report)["erasure"][0]
-    assert content["decision"]["detected"] is True
-    assert content["erasure_lora"] == LORA
+def split(args: dict[str, Any]) -> list[torch.Tensor]:
+    """Predicts as a patch does that goes round every wrapper of the host's batches."""
+    parts = args["model"], args["input"], args["sigma"], args["model_options"]
+    model, x, sigma, options = parts
+    return [
+        torch.zeros_like(x) if cond is None else comfy.samplers._calc_cond_batch(model, [cond], x, sigma, options)[0]
+        for cond in args["conds"]
+    ]
+
+
+@pytest.fixture
+def patched(demo):
+    """The demo with a model whose predictions do not pass by the gate."""
+    model = demo.model.clone()
+    model.set_model_sampler_calc_cond_batch_function(split)
+    return Demo(model, demo.clip, demo.vae)
+
+
+@pytest.mark.parametrize("resist_adversarial", [False, True])
+def test_a_run_that_does_not_pass_by_the_gate_is_decided_before_it_and_erased(resist_adversarial, patched, demo_lora):
+    chosen = {"resist_adversarial": resist_adversarial}
+    erased, observer = run(patched, demo_lora, CAT, **chosen)
+    image = base(patched, CAT)
+    assert observer.decision.detected
+    assert observer.decision.step is None
+    assert observer.cost.evaluations["probe"] > 2 * STEPS
+    assert (erased - image).norm() > 0.1 * image.norm()
+    untouched, observer = run(patched, demo_lora, UNRELATED[0], **chosen)
+    assert not observer.decision.detected
+    assert torch.equal(untouched, base(patched, UNRELATED[0]))
+
+
+class Around(comfy.samplers.CFGGuider):
+    """A guider that predicts round every wrapper of the host's batches."""
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        conds = [self.conds["positive"], self.conds["negative"]]
+        found = split({"model": self.inner_model, "conds": conds, "input": x, "sigma": timestep, "model_options": model_options})  # fmt: skip  # noqa: E501
+        return found[1] + self.cfg * (found[0] - found[1])
+
+
+@pytest.mark.parametrize(("prompt", "weight_otherwise"), [(CAT, 1.0), (UNRELATED[0], 1.0), (UNRELATED[0], 2.0)])
+def test_a_run_that_ends_undecided_is_decided_then_and_generated_again_if_need_be(
+    prompt, weight_otherwise, demo, demo_lora
+):
+    def image(model: Any) -> torch.Tensor:
+        guider = Around(model)
+        guider.set_conds(demo.encode(prompt), demo.encode(""))
+        guider.set_cfg(4.0)
+        return sample_with(guider, model)
+
+    observer = Observer()
+    found = image(guided(demo.model, demo_lora, observer=observer, weight_otherwise=weight_otherwise))
+    decided = {True: 0.0, False: weight_otherwise}[prompt == CAT]
+    fixed = guided(demo.model, demo_lora, decide="always erase", weight_detected=decided)
+    assert observer.verdicts[0].weights == (decided,)
+    assert torch.equal(found, image(fixed))
+    assert observer.cost.evaluations["wasted"] == (0 if decided == 1.0 else 2 * STEPS)
+
+
+# on detection
+
+
+def test_automatic_continues_where_the_decision_comes_early(demo, demo_lora):
+    sampling = {"steps": 20, "last_step": 5}
+    image, observer = run(demo, demo_lora, CAT, **sampling)
+    continued, expected = run(demo, demo_lora, CAT, on_detection="continue", **sampling)
+    assert torch.equal(image, continued)
+    assert observer.cost.evaluations == expected.cost.evaluations
+    assert observer.cost.evaluations["wasted"] == 0
+
+
+def test_automatic_leaves_no_step_of_the_concept_in_a_run_of_six_steps(demo, demo_lora):
+    sampling = {"steps": 6, "last_step": None}
+    image, observer = run(demo, demo_lora, CAT, **sampling)
+    assert observer.decision.detected
+    assert torch.equal(image, run(demo, demo_lora, CAT, decide="always erase", **sampling)[0])
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
+def test_restarting_gives_the_image_that_is_erased_from_its_first_step(sampler, demo, demo_lora):
+    found, observer = run(demo, demo_lora, CAT, sampler_name=sampler, on_detection="restart")
+    assert torch.equal(found, run(demo, demo_lora, CAT, sampler_name=sampler, decide="always erase")[0])
+    assert observer.cost.evaluations["wasted"] > 0
+    assert observer.cost.evaluations["adapted"] == 2 * STEPS
+
+
+def test_continuing_erases_from_the_step_of_the_decision_on(demo, demo_lora):
+    erased, observer = run(demo, demo_lora, CAT, on_detection="continue")
+    image = base(demo, CAT)
+    assert (erased - image).norm() > 0.1 * image.norm()
+    assert observer.cost.evaluations["wasted"] == 0
+    assert 0 < observer.cost.evaluations["adapted"] < 2 * STEPS
+
+
+# probing again
+
+
+def test_probing_an_unrelated_image_again_costs_one_evaluation_each_and_changes_nothing(demo, demo_lora):
+    sampling = {"steps": 20, "last_step": 12}
+    image, observer = run(demo, demo_lora, UNRELATED[0], recheck_every=4, **sampling)
+    assert torch.equal(image, base(demo, UNRELATED[0], **sampling))
+    assert observer.cost.evaluations == {"base": 24, "adapted": 0, "probe": 3, "wasted": 0}  # steps 3, 7, 11
+
+
+def test_probing_again_detects_a_concept_that_comes_late(demo, demo_lora):
+    """In a scene the cat appears after the scene: its influence passes this threshold after the first probe only."""
+    chosen = {"statistic": "influence", "threshold": 0.82, "steps": 30, "last_step": 8}
+    prompt, found = "a cat in the forest", {}
+    for every, on_detection in ((0, "automatic"), (3, "continue"), (3, "automatic")):
+        image, observer = run(demo, demo_lora, prompt, recheck_every=every, on_detection=on_detection, **chosen)
+        found[every, on_detection] = observer.decision.detected, observer.decision.step
+    assert list(found.values()) == [(False, 3), (True, 6), (True, 6)]
+    # by then the silhouette is settled, so that automatic restarts
+    assert torch.equal(image, run(demo, demo_lora, prompt, steps=30, last_step=8, decide="always erase")[0])
+    assert observer.cost.evaluations["wasted"] > 0
 
 
 # decisions on wires
 
 
-def test_a_decision_is_used_instead_of_a_probe(demo, demo_lora):
-    decisions = probe_node(demo, (demo_lora,), CONCEPT)[0]
-    reports: list[Any] = []
-    gate = gating.Gate(gating.PROBE, deciding.ProbeSettings())
-    model = gating.guided(demo.model, (demo_lora,), gate, decisions, observer=reports.append)
-    given = ksampler(model, demo.encode(CONCEPT), demo.encode(""))
-    assert reports[0].evaluations["probe"] == 0
-    assert torch.equal(given, ksampler(gated(demo, demo_lora), demo.encode(CONCEPT), demo.encode("")))
+def test_a_decision_is_used_instead_of_a_probe_whatever_the_strength(demo, demo_lora):
+    decisions = probe(demo, (demo_lora,), CAT)[0]
+    for strength in (1.0, 2.0):
+        lora, observer = dataclasses.replace(demo_lora, strength=strength), Observer()
+        model = guided(demo.model, lora, decisions, observer=observer)
+        image = ksampler(model, demo.encode(CAT), demo.encode(""), **SHORT)
+        assert observer.cost.evaluations["probe"] == 0
+        assert torch.equal(image, run(demo, lora, CAT, decide="always erase")[0])
 
 
-def test_a_decision_for_another_adapter_strength_number_or_model_is_refused(demo, demo_lora, golden_model):
-    gate = gating.Gate()
-    decisions = probe_node(demo, (demo_lora,), CONCEPT)[0]
-    stronger = dataclasses.replace(demo_lora, strength=1.5)
-    with pytest.raises(ValueError, match=r"another erasure LoRA than 'unguide-demo/selective/cat\.safetensors'"):
-        gating.guided(demo.model, (stronger,), gate, decisions)
+def test_a_decision_for_another_adapter_number_or_model_is_refused(demo, demo_lora):
+    decisions = probe(demo, (demo_lora,), CAT)[0]
+    other = load("paper", "cat", demo)
+    with pytest.raises(ValueError, match=r"another erasure LoRA than 'unguide-demo/paper/cat\.safetensors'"):
+        guided(demo.model, other, decisions)
     with pytest.raises(ValueError, match="1 decisions and 2 erasure LoRAs"):
-        gating.guided(demo.model, (demo_lora, stronger), gate, decisions)
-    other = [dataclasses.replace(decisions[0], model_key="0123")]
+        guided(demo.model, (demo_lora, other), decisions)
     with pytest.raises(ValueError, match="made for another model"):
-        gating.guided(demo.model, (demo_lora,), gate, other)
-
-
-def test_a_models_key_survives_loading_and_tells_patches_apart(demo, demo_lora):
-    import comfy.sd
-
-    identity = pack_module("unguide_comfy.identity")
-    before = identity.model_key(demo.model)
-    ksampler(demo.model, demo.encode(CONCEPT), demo.encode(""))
-    assert identity.model_key(demo.model) == before
-    (name, layer), *_ = demo_lora.adapter.layers.items()
-    patches = {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up}
-    patched, _ = comfy.sd.load_lora_for_models(demo.model, None, patches, 1.0, 0.0)
-    key = identity.model_key(patched)
-    assert key != before
-    ksampler(patched, demo.encode(CONCEPT), demo.encode(""))
-    assert identity.model_key(patched) == key
-    assert identity.model_key(demo.model) == before
+        guided(demo.model, demo_lora, [dataclasses.replace(decisions[0], model_key="0123")])
 
 
 # what it costs
 
 
-@pytest.mark.parametrize(("prompt", "base", "adapted"), [(UNRELATED[0], 2 * STEPS, 0), (CONCEPT, 0, 2 * STEPS)])
-def test_evaluations_are_counted(prompt, base, adapted, demo, demo_lora):
-    reports: list[Any] = []
-    ksampler(gated(demo, demo_lora, reports, repeats=2, probe_steps=2), demo.encode(prompt), demo.encode(""))
-    # per noise seed: two steps of two conditionings; the prompt by the base model and by the adapter
-    assert reports[0].evaluations == {"base": base, "adapted": adapted, "probe": 2 * (2 * 2 + 2), "wasted": 0}
-    assert reports[0].plain == 2 * STEPS
-
-
 @pytest.mark.parametrize(
-    ("mode", "on_detection", "prompt", "sampling", "probe"),
+    ("chosen", "prompt", "sampling", "probe"),
     [
-        ("probe", "continue", UNRELATED[0], 60, 12),
-        ("probe", "continue", CONCEPT, 60, 12),
-        ("trajectory", "continue", UNRELATED[0], 60, 1),
-        ("trajectory", "continue", CONCEPT, 62, 1),  # the step of the decision is computed twice
-        ("trajectory", "restart", CONCEPT, 68, 1),
+        ({"decide": "before sampling"}, UNRELATED[0], 60, 12),
+        ({"decide": "before sampling"}, CAT, 60, 12),
+        ({}, UNRELATED[0], 60, 1),
+        ({}, CAT, 62, 1),  # the step of the decision is computed twice
+        ({"on_detection": "restart"}, CAT, 68, 1),
+        ({"statistic": "alignment"}, UNRELATED[0], 60, 1),
+        ({"decide": "always erase"}, CAT, 60, 0),
     ],
 )
-def test_the_documented_costs_of_thirty_steps(mode, on_detection, prompt, sampling, probe, demo, demo_lora):
-    reports: list[Any] = []
-    gate = gating.Gate(mode, deciding.ProbeSettings(), None, on_detection)
-    model = gating.guided(demo.model, (demo_lora,), gate, observer=reports.append)
-    host.common_ksampler(model, 3, 30, 4.0, "euler", "normal", demo.encode(prompt), demo.encode(""), latent())
-    spent = reports[0].evaluations
-    assert (spent["base"] + spent["adapted"] + spent["wasted"], spent["probe"]) == (sampling, probe)
+def test_the_documented_costs_of_thirty_steps(chosen, prompt, sampling, probe, demo, demo_lora):
+    """The steps after the probe add what sampling itself takes, so most of them are left out."""
+    left_out = 22
+    _, observer = run(demo, demo_lora, prompt, steps=30, last_step=30 - left_out, **chosen)
+    spent = observer.cost.evaluations
+    assert (spent["base"] + spent["adapted"] + spent["wasted"], spent["probe"]) == (sampling - 2 * left_out, probe)
+    assert observer.cost.plain == 60 - 2 * left_out
+
+
+@pytest.mark.parametrize(("prompt", "base", "adapted"), [(UNRELATED[0], 2 * STEPS, 0), (CAT, 0, 2 * STEPS)])
+def test_a_probe_before_sampling_is_counted_per_image(prompt, base, adapted, demo, demo_lora):
+    _, observer = run(demo, demo_lora, prompt, batch=2, decide="before sampling", repeats=2, probe_steps=2)
+    # per noise seed two steps of two conditionings; the prompt by the base model and by the adapter; for both images
+    assert observer.cost.evaluations == {"base": base, "adapted": adapted, "probe": 2 * (2 * 2 + 2) / 2, "wasted": 0}
+    assert observer.cost.plain == 2 * STEPS
 
 
 def test_the_sampler_node_reports_its_run(demo, demo_lora):
     execute = pack_module("nodes.sampler").UnGuideSampler.execute
-    arguments = (
-        demo.model,
-        3,
-        10,
-        4.0,
-        "euler",
-        "normal",
-        demo.encode(UNRELATED[0]),
-        demo.encode(""),
-        latent(),
-    )
-    out, plot, report = execute(*arguments, 1.0, (demo_lora,), "trajectory", -1.0, 1.0).args
+    arguments = demo.model, 3, 10, 4.0, "euler", "normal", demo.encode(UNRELATED[0]), demo.encode(""), latent()
+    strong = dataclasses.replace(demo_lora, strength=2.0)
+    out, plot, report = execute(*arguments, 1.0, (strong,)).args
     assert torch.equal(out["samples"], host.common_ksampler(*arguments)[0]["samples"])
     content = json.loads(report)
     (erasure,) = content["erasure"]
-    assert erasure["weight"] == 1.0
-    assert erasure["step"] == 2
-    assert erasure["sigma"] > 0.0
-    assert erasure["why"]
-    assert 0.0 < erasure["decision"]["confidence"] <= 1.0
-    assert [len(row) for row in erasure["samples"][0]["map"]] == [8] * 8
-    assert content["unet_evaluations_total"] == content["unet_evaluations_plain"] + 1
+    assert (erasure["erasure_lora"], erasure["concept"], erasure["decide"]) == (LORA, CAT, "during sampling")
+    assert (erasure["detected"], erasure["weight"], erasure["strength"], erasure["step"]) == (False, 1.0, 2.0, 2)
+    assert erasure["sigma"] == pytest.approx(erasure["decision"]["sigma"], abs=1e-4)
+    assert erasure["reason"].startswith("influence, the best that inputs and calibration allow")
+    (sample,) = erasure["samples"]
+    assert (sample["detected"], sample["weight"], sample["step"]) == (False, 1.0, 2)
+    assert sample["score"] == erasure["decision"]["score"] < erasure["decision"]["threshold"]
+    assert [len(row) for row in sample["map"]] == [8] * 8
+    assert content["model_evaluations"] == {"base": 20, "adapted": 0, "probe": 1, "wasted": 0}
+    assert (content["model_evaluations_plain"], content["model_evaluations_total"]) == (20, 21)
+    assert content["model_evaluations_ratio"] == 1.05
+    assert content["seconds"] > 0
     assert plot.shape[0] == 1
 
 
-# the trajectory as the probe
+def test_the_nodes_line_says_the_outcome_first(demo, demo_lora):
+    _, observer = run(demo, demo_lora, CAT, steps=10)
+    (detected,) = observer.verdicts
+    assert summary(detected).startswith(f"Detected at step 2: {CAT} (influence ")
+    waiting = dataclasses.replace(detected, decisions=())
+    assert summary(waiting) == f"Waiting for the first steps: {CAT}"
+    assert "WARNING, not decided" in summary(waiting, finished=True)
+    _, observer = run(demo, demo_lora, CAT, steps=1, decide="always erase")
+    assert summary(observer.verdicts[0], finished=True) == f"Always erased: {CAT} (weight 0)"
 
 
-def watched(demo: Demo, lora: Any, reports: list[Any] | None = None, on_detection: str = "continue", **settings: Any):
-    gate = gating.Gate(gating.TRAJECTORY, deciding.ProbeSettings(**settings), None, on_detection)
-    loras = lora if isinstance(lora, tuple) else (lora,)
-    return gating.guided(demo.model, loras, gate, observer=None if reports is None else reports.append)
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde", "heun", "euler_cfg_pp"])
-def test_a_watched_unrelated_picture_is_the_base_models_bit_for_bit(sampler, batch, demo, demo_lora):
-    positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
-    expected = ksampler(demo.model, positive, negative, batch, sampler)
-    reports: list[Any] = []
-    assert torch.equal(ksampler(watched(demo, demo_lora, reports), positive, negative, batch, sampler), expected)
-    assert reports[0].evaluations["adapted"] == 0
-    assert [len(outcome.decisions) for outcome in reports[0].outcomes] == [batch]
-
-
-@pytest.mark.parametrize(
-    ("statistic", "steps", "cost"), [("alignment", 30, 1), ("influence", 30, 1), ("auto", 30, 1), ("auto", STEPS, 1)]
-)
-def test_watching_an_unrelated_picture_costs_one_evaluation(statistic, steps, cost, demo, demo_lora):
-    reports: list[Any] = []
-    model = watched(demo, demo_lora, reports, statistic=statistic)
-    host.common_ksampler(model, 3, steps, 4.0, "euler", "normal", demo.encode(UNRELATED[0]), demo.encode(""), latent())
-    assert reports[0].evaluations == {"base": 2 * steps, "adapted": 0, "probe": cost, "wasted": 0}
-
-
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde"])
-def test_restarting_gives_the_picture_that_is_erased_from_the_start(sampler, demo, demo_lora):
-    positive, negative = demo.encode(CONCEPT), demo.encode("")
-    reports: list[Any] = []
-    found = ksampler(watched(demo, demo_lora, reports, "restart"), positive, negative, sampler=sampler)
-    fixed = gating.Gate(gating.FIXED, deciding.ProbeSettings(weight_detected=0.0))
-    assert torch.equal(
-        found, ksampler(gating.guided(demo.model, (demo_lora,), fixed), positive, negative, sampler=sampler)
-    )
-    assert reports[0].evaluations["wasted"] > 0
-    assert reports[0].evaluations["adapted"] == 2 * STEPS
-
-
-def test_continuing_erases_from_the_step_of_the_decision_on(demo, demo_lora):
-    reports: list[Any] = []
-    base = ksampler(demo.model, demo.encode(CONCEPT), demo.encode(""))
-    erased = ksampler(watched(demo, demo_lora, reports), demo.encode(CONCEPT), demo.encode(""))
-    assert (erased - base).norm() > 0.1 * base.norm()
-    evaluations = reports[0].evaluations
-    assert evaluations["wasted"] == 0
-    assert 0 < evaluations["adapted"] < 2 * STEPS
-
-
-def test_samples_of_a_batch_are_decided_one_by_one(demo, demo_lora):
-    """A batch of two prompts: the cat is erased, the dog beside it is the base model's, bit for bit."""
-    ((cat, options),), ((dog, _),) = demo.encode(CONCEPT), demo.encode(UNRELATED[0])
-    positive = [[torch.cat([cat, dog]), {**options, "pooled_output": None}]]
-    negative = demo.encode("")
-    reports: list[Any] = []
-    found = ksampler(watched(demo, demo_lora, reports), positive, negative, batch=2)
-    base = ksampler(demo.model, positive, negative, batch=2)
-    assert [decision.detected for decision in reports[0].outcomes[0].decisions] == [True, False]
-    assert torch.equal(found[1], base[1])
-    assert not torch.equal(found[0], base[0])
-
-
-def test_a_watched_adapter_is_decided_on_the_base_model_beside_one_that_blends_already(demo, demo_lora):
-    alone: list[Any] = []
-    ksampler(watched(demo, demo_lora, alone, statistic="alignment"), demo.encode(CONCEPT), demo.encode(""))
-    beside: list[Any] = []
-    gate = gating.Gate(gating.TRAJECTORY, deciding.ProbeSettings(statistic="alignment"))
-    blending = gating.guided(demo.model, (dataclasses.replace(demo_lora, strength=0.01),), gating.Gate(gating.FIXED))
-    ksampler(gating.guided(blending, (demo_lora,), gate, observer=beside.append), demo.encode(CONCEPT), demo.encode(""))
-    scores = [reports[0].outcomes[-1].decision.score for reports in (alone, beside)]
-    assert scores[1] == pytest.approx(scores[0], abs=0.05)
-    assert beside[0].evaluations["probe"] == 3  # the prompt, the neutral and the concept's prompt by the base model
-
-
-def test_a_partial_schedule_is_watched_from_its_first_step(demo, demo_lora):
-    reports: list[Any] = []
-    noise = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))}
-    host.common_ksampler(
-        watched(demo, demo_lora, reports), 3, STEPS, 4.0, "euler", "normal", demo.encode(CONCEPT), demo.encode(""),
-        noise, denoise=0.5,
-    )  # fmt: skip
-    assert len(reports[0].outcomes[0].decisions) == 1
-
-
-def test_a_run_that_ends_before_the_decision_says_so(demo, demo_lora):
-    reports: list[Any] = []
-    model = watched(demo, demo_lora, reports)
-    node = host.KSamplerAdvanced()
-    node.sample(
-        model, "enable", 3, 40, 4.0, "euler", "normal", demo.encode(CONCEPT), demo.encode(""), latent(), 0, 2, "enable"
-    )
-    assert reports[0].outcomes[0].decisions == ()
-    assert "no decision" in outcomes.summary(reports[0].outcomes[0], finished=True)
-
-
-def test_looking_again_finds_nothing_new_in_an_unrelated_picture_and_costs_one_evaluation_each(demo, demo_lora):
-    reports: list[Any] = []
-    gate = gating.Gate(gating.TRAJECTORY, look_again=4)
-    model = gating.guided(demo.model, (without_calibration(demo_lora),), gate, observer=reports.append)
-    positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
-    (found,) = host.common_ksampler(model, 3, 20, 4.0, "euler", "normal", positive, negative, latent())
-    (base,) = host.common_ksampler(demo.model, 3, 20, 4.0, "euler", "normal", positive, negative, latent())
-    assert torch.equal(found["samples"], base["samples"])
-    assert reports[0].evaluations == {"base": 40, "adapted": 0, "probe": 5, "wasted": 0}  # steps 3, 7, 11, 15, 19
-
-
-def test_looking_again_finds_a_concept_that_comes_late(demo, demo_lora):
-    """In a scene the cat is drawn after the scene: its influence passes this threshold after the first look only."""
-    found = []
-    for look_again in (0, 3):
-        reports: list[Any] = []
-        settings = deciding.ProbeSettings(statistic="influence", threshold=0.82)
-        gate = gating.Gate(gating.TRAJECTORY, settings, look_again=look_again)
-        model = gating.guided(demo.model, (demo_lora,), gate, observer=reports.append)
-        positive, negative = demo.encode("a cat in the forest"), demo.encode("")
-        host.common_ksampler(model, 3, 30, 4.0, "euler", "normal", positive, negative, latent())
-        found.append((reports[0].outcomes[0].decision.detected, reports[0].outcomes[0].step))
-    assert found == [(False, 3), (True, 6)]
-
-
-def test_a_smooth_policy_takes_a_weight_between_the_two(demo, demo_lora):
-    binary = decision_for(demo, demo_lora, demo.encode(CONCEPT), threshold=0.9)
-    smooth = decision_for(demo, demo_lora, demo.encode(CONCEPT), threshold=0.9, policy="smooth")
-    assert binary.weight == 0.0
-    assert smooth.score == binary.score
-    assert smooth.weight == pytest.approx(1.0 - smooth.confidence)
-
-
-def test_a_higher_false_alarm_rate_lowers_the_threshold(demo, demo_lora):
-    rates = (0.003, 0.01, 0.1)
-    thresholds = [
-        decision_for(demo, demo_lora, demo.encode(CONCEPT), false_alarm_rate=rate).threshold for rate in rates
-    ]
-    assert thresholds == sorted(thresholds, reverse=True)
-    assert thresholds[0] > thresholds[-1]
-
-
-def test_a_prediction_that_is_no_number_is_an_error_and_no_decision(demo, demo_lora):
+def test_a_prediction_that_is_not_a_number_is_an_error_and_not_a_decision(demo, demo_lora):
     """The adapter's own numbers are finite; what the network makes of them is not."""
     layers = {
         name: dataclasses.replace(layer, up=layer.up.float() * 1e36) for name, layer in demo_lora.adapter.layers.items()
     }
     broken = dataclasses.replace(demo_lora, adapter=dataclasses.replace(demo_lora.adapter, layers=layers))
-    positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
-    expected = ksampler(demo.model, positive, negative)
+    expected = base(demo, UNRELATED[0])
     with pytest.raises(ValueError, match="expected finite numbers"):
-        ksampler(watched(demo, broken, statistic="influence"), positive, negative)
-    assert torch.equal(ksampler(demo.model, positive, negative), expected)
-
-
-# what a prompt is compared with
-
-baselines = pack_module("unguide_comfy.baselines")
-
-
-def test_a_baseline_is_measured_once_and_remembered(demo, demo_lora):
-    baselines.memory.clear()
-    lora, spent = without_calibration(demo_lora), []
-    for _ in range(2):
-        reports: list[Any] = []
-        ksampler(watched(demo, lora, reports, statistic="influence"), demo.encode(CONCEPT), demo.encode(""))
-        spent.append(reports[0].evaluations["probe"])
-    assert spent[0] > spent[1] == 1
-    assert len(baselines.memory) == 1
-
-
-def test_what_is_remembered_is_bounded():
-    memory = baselines.Memory(size=2)
-    for number in range(3):
-        memory.put((number,), baselines.Baseline((float(number),), (1.0,)))
-    assert len(memory) == 2
-    assert memory.get((0,)) is None
-    assert memory.get((2,)) is not None
-
-
-def test_the_cards_baseline_is_what_a_measurement_gives(demo, demo_lora):
-    card = decision_for(demo, demo_lora, demo.encode(CONCEPT), statistic="influence")
-    lora = without_calibration(demo_lora)
-    measured = decision_for(demo, lora, demo.encode(CONCEPT), statistic="influence", threshold=card.threshold)
-    assert len(card.concept) == 1
-    assert len(measured.concept) == baselines.REPEATS
-    assert measured.score == pytest.approx(card.score, rel=0.15)
-
-
-def test_a_calibration_of_another_model_is_not_used_and_the_report_says_so(demo, demo_lora):
-    (name, layer), *_ = demo_lora.adapter.layers.items()
-    import comfy.sd
-
-    patches = {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up}
-    patched, _ = comfy.sd.load_lora_for_models(demo.model, None, patches, 0.01, 0.0)
-    reports: list[Any] = []
-    gate = gating.Gate(gating.PROBE)
-    ksampler(gating.guided(patched, (demo_lora,), gate, observer=reports.append), demo.encode(CONCEPT), demo.encode(""))
-    decision = reports[0].outcomes[0].decision
-    assert decision.statistic == "alignment"
-    assert "calibration is for another model" in decision.reason
-
-
-def test_another_guidance_scale_keeps_the_threshold_and_measures_the_baseline(demo, demo_lora):
-    reports: list[Any] = []
-    model = watched(demo, demo_lora, reports)
-    host.common_ksampler(model, 3, 20, 5.0, "euler", "normal", demo.encode(CONCEPT), demo.encode(""), latent())
-    decision = reports[0].outcomes[0].decision
-    assert decision.statistic == "influence"
-    assert decision.detected
-    assert "measured anew for 5.0" in decision.reason
-    assert len(decision.concept) == baselines.REPEATS
-
-
-def test_calibrating_an_adapter_gives_its_card_thresholds_that_work(demo, demo_lora):
-    """A small calibration by the node, on few prompts: enough to tell the concept from them."""
-    execute = pack_module("nodes.calibrate").CalibrateErasureLora.execute
-    others = "a photo of the dog\na photo of the ship\na photo of the forest"
-    bare = without_calibration(demo_lora)
-    (lora,), text = execute(demo.model, demo.clip, (bare,), latent(), 4.0, "a photo of the kitty", others, 2, 0).args
-    assert json.loads(text)[LORA]["model"] == pack_module("unguide_comfy.identity").model_key(demo.model)
-    assert lora.adapter.layers is bare.adapter.layers
-    for prompt, expected in ((CONCEPT, True), ("a photo of the truck", False)):
-        decision = decision_for(demo, lora, demo.encode(prompt))
-        assert decision.statistic == "influence"
-        assert decision.detected is expected
+        run(demo, broken, UNRELATED[0], statistic="influence")
+    assert torch.equal(base(demo, UNRELATED[0]), expected)
 
 
 # several concepts
@@ -546,64 +495,68 @@ def ten(demo):
         return tuple(load("selective", concept, demo) for concept in CLASSES)
 
 
-def test_ten_adapters_that_find_nothing_cost_one_evaluation_each_and_change_no_bit(ten, demo):
-    positive, negative = demo.encode("a photo of the forest"), demo.encode("")
-    expected = ksampler(demo.model, positive, negative)
-    reports: list[Any] = []
-    assert torch.equal(ksampler(watched(demo, ten, reports), positive, negative), expected)
-    spent = reports[0].evaluations
+def test_a_second_adapter_is_decided_on_the_base_model_beside_one_that_erases_already(demo, demo_lora):
+    _, alone = run(demo, demo_lora, CAT, statistic="alignment")
+    weak = dataclasses.replace(demo_lora, strength=0.01)
+    beside = Observer()
+    erasing = guided(demo.model, weak, decide="always erase")
+    model = guided(erasing, demo_lora, observer=beside, statistic="alignment")
+    ksampler(model, demo.encode(CAT), demo.encode(""), **SHORT)
+    assert beside.decision.score == pytest.approx(alone.decision.score, abs=0.05)
+    # the prompt, the neutral and the concept's prompt by the base model
+    assert beside.cost.evaluations["probe"] == 3
+
+
+def test_ten_adapters_that_detect_nothing_cost_one_evaluation_each_and_change_no_bit(ten, demo):
+    image, observer = run(demo, ten, UNRELATED[2])
+    assert torch.equal(image, base(demo, UNRELATED[2]))
+    spent = observer.cost.evaluations
     assert (spent["base"], spent["adapted"]) == (2 * STEPS, 0)
     assert spent["probe"] <= 11
 
 
 def test_of_ten_adapters_only_the_one_that_is_meant_acts(ten, demo):
-    reports: list[Any] = []
-    host.common_ksampler(
-        watched(demo, ten, reports), 3, 20, 4.0, "euler", "normal", demo.encode(CONCEPT), demo.encode(""), latent()
-    )
-    assert [outcome.decision.detected for outcome in reports[0].outcomes] == [i == 3 for i in range(10)]
+    _, observer = run(demo, ten, CAT, steps=20, last_step=4)
+    assert [verdict.decision.detected for verdict in observer.verdicts] == [i == 3 for i in range(10)]
 
 
-def test_two_concepts_in_two_prompts_are_both_found_and_both_gone(ten, demo):
+def test_two_concepts_in_two_prompts_are_both_detected_and_both_erased(ten, demo):
     from demo.captions import CLASSES
     from demo.classifier import classify
 
+    positive, negative = demo.encode(CAT) + demo.encode("a photo of the ship"), demo.encode("")
+
     def shown(model: Any) -> str:
-        (out,) = host.common_ksampler(model, 3, 20, 4.0, "euler", "normal", positive, negative, latent())
-        label = int(classify(demo.vae.decode(out["samples"])).argmax())
+        label = int(classify(demo.vae.decode(ksampler(model, positive, negative, steps=20))).argmax())
         return (*CLASSES, "other")[label]
 
-    reports: list[Any] = []
-    positive = demo.encode(CONCEPT) + demo.encode("a photo of the ship")
-    negative = demo.encode("")
+    observer = Observer()
     assert shown(demo.model) in ("cat", "ship")
-    assert shown(watched(demo, ten, reports)) not in ("cat", "ship")
-    found = [outcome.concept for outcome in reports[0].outcomes if outcome.decision.detected]
-    assert found == [CONCEPT, "a photo of the ship"]
+    assert shown(guided(demo.model, ten, observer=observer)) not in ("cat", "ship")
+    detected = [verdict.concept for verdict in observer.verdicts if verdict.decision.detected]
+    assert detected == [CAT, "a photo of the ship"]
 
 
 def test_a_hundred_runs_decide_alike_and_keep_no_memory(demo, demo_lora):
-    """Two steps each: the look is in the second. Memory is what the process holds beside the host's caches."""
-    import gc
-    import resource
-
+    """Two steps each: the probe is in the second. Memory is what the process holds beside the host's caches."""
     positive, negative = demo.encode(UNRELATED[0]), demo.encode("")
     decisions, held = [], []
-    gate = gating.Gate(gating.TRAJECTORY)
-    model = gating.guided(
-        demo.model, (demo_lora,), gate, observer=lambda report: decisions.append(report.outcomes[0].decisions)
-    )
+    settings = pack_module("unguide_comfy.probe.settings").Settings()
+
+    def note(verdicts: Any, cost: Any) -> None:
+        decisions.append(verdicts[0].decisions)
+
+    model = attach.guided(demo.model, (demo_lora,), settings, observer=note)
     for number in range(100):
-        host.common_ksampler(model, 3, 2, 4.0, "euler", "normal", positive, negative, latent())
+        ksampler(model, positive, negative, steps=2)
         if number in (9, 99):
             gc.collect()
             held.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, tensors()))
-    assert len(set(decisions)) == 1
+            decisions[:] = [decisions[0], *(one for one in decisions if one != decisions[0])]
+    assert len(decisions) == 1
     assert held[1][1] <= held[0][1]
     assert held[1][0] - held[0][0] < 32 * 1024  # KB
 
 
 def tensors() -> int:
-    import gc
-
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())

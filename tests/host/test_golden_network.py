@@ -75,7 +75,7 @@ def test_adapted_eps_is_the_official_one(golden_model, golden_lora, data):
 def test_trajectory_is_the_official_one(golden_model, golden_lora, data, manifest, weight):
     trajectory = load_file(GOLDEN / "c_traj_S10.safetensors")
     prefix = "default_cfg=7.5/" if weight is None else f"auto_w={weight:g}/"
-    core = pack_module("unguide_core.trajectory")
+    core = pack_module("unguide_core.schedule")
     sigmas = core.official_run(10).sigmas(core.sd_alphas_cumprod()).float()
     start = trajectory["x_T"] * (1.0 + sigmas[0] ** 2).sqrt() / sigmas[0]  # the host multiplies by sigma again
     model = golden_model if weight is None else fixed(golden_model, golden_lora, weight)

@@ -168,7 +168,7 @@ def test_a_fresh_adapters_first_gradient_reaches_only_up(unet, eps):
 
 def sample_z(unet: UNetModel, eps: Eps, layers: dict[str, Any], start_code: Tensor, till_t: int) -> Tensor:
     """The official trainer's latent: from noise, by the model being trained, guided to the target, up to till_t."""
-    core, guidance = pack_module("unguide_core.trajectory"), pack_module("unguide_core.guidance")
+    core, guidance = pack_module("unguide_core.schedule"), pack_module("unguide_core.guidance")
     run, alphas = core.official_run(STEPS, till_t), core.sd_alphas_cumprod()
     sigmas = run.sigmas(alphas)
     timesteps = dict(zip(sigmas.float().tolist(), run.timesteps, strict=False))

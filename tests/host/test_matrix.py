@@ -20,7 +20,7 @@ from tests.host.test_blending import relative
 from tests.host.test_files import replaced
 from tests.host.test_foreign import Inputs, adapted, factors
 
-formats, names, adapters = (pack_module(f"unguide_core.{name}") for name in ("formats", "names", "adapter"))
+formats, names, adapters = (pack_module(f"unguide_core.{name}") for name in ("formats", "adapter.names", "adapter"))
 matching = pack_module("unguide_comfy.matching")
 
 ARCHITECTURES = {"SD 1.x": "SD 1.x", "SD 2.x": "SD 2.x", "SDXL": "SDXL", "SD 3.x": "SD 3.x", "Flux": "Flux dev"}

@@ -18,14 +18,16 @@ from torch import Tensor
 from tests.conftest import pack_module
 from tests.host.conftest import GOLDEN, conditioning, fixed
 
-core = pack_module("unguide_core.training")
+core, texts, recipes, rollout = (
+    pack_module(f"unguide_core.training.{name}") for name in ("trainer", "prompts", "recipe", "rollout")
+)
 training = pack_module("unguide_comfy.training")
 node = pack_module("nodes.train").TrainErasureLora
 
 TARGET, REFERENCE, EMPTY = "a photo of the cat", "a photo of the forest", ""
-PROMPTS = core.Prompts((core.Pair(TARGET, REFERENCE),), ("", "a photo of the dog"), EMPTY)
+PROMPTS = texts.TrainingPrompts((texts.Pair(TARGET, REFERENCE),), ("", "a photo of the dog"), EMPTY)
 QUICK = replace(
-    core.PRESETS["selective"],
+    recipes.PRESETS["selective"],
     iterations=4,
     schedule_steps=2,
     trajectories=2,
@@ -99,7 +101,7 @@ def test_the_card_says_what_was_trained_and_how(demo, demo_lora, trained):
     assert card.settings["iterations"] == 4
     assert card.settings["loop"] == "selective"
     weights = [w for n, w in demo.model.model.state_dict().items() if n.startswith("diffusion_model.")]
-    assert card.base_hash == pack_module("unguide_core.layers").weights_hash(weights)
+    assert card.base_hash == pack_module("unguide_core.adapter.lowrank").weights_hash(weights)
     assert card.base_hash == demo_lora.adapter.card.base_hash
 
 
@@ -251,8 +253,8 @@ def golden_job(manifest, recipe):
     conditionings = {
         name: conditioning(recipe.text_context(manifest["salt"], name)) for name in (TARGET, REFERENCE, EMPTY)
     }
-    prompts = core.Prompts((core.Pair(TARGET, REFERENCE),), (), EMPTY)
-    paper = replace(core.PRESETS["paper"], schedule_steps=10, iterations=3)
+    prompts = texts.TrainingPrompts((texts.Pair(TARGET, REFERENCE),), (), EMPTY)
+    paper = replace(recipes.PRESETS["paper"], schedule_steps=10, iterations=3)
     return training.Job(paper, prompts, conditionings)
 
 
@@ -278,7 +280,7 @@ def golden_start(monkeypatch, manifest) -> Iterator[dict[str, Tensor]]:
         }
 
     draws = [
-        core.Draw(it["t_enc (till_T)"], int(saved[f"it{n}/t_enc_ddpm"]), saved[f"it{n}/start_code"])
+        rollout.Draw(it["t_enc (till_T)"], int(saved[f"it{n}/t_enc_ddpm"]), saved[f"it{n}/start_code"])
         for n, it in enumerate(manifest["train_main"]["iterations"])
     ]
     plain = core.Training.__init__
@@ -369,7 +371,7 @@ def test_with_a_clip_every_training_ends_with_a_calibration_by_prompts_that_it_n
 
 
 def test_prompts_to_calibrate_with_are_half_kept_and_half_unseen_and_name_no_concept():
-    prompts = pack_module("unguide_core.prompts")
+    prompts = pack_module("unguide_core.training.prompts")
     words = prompts.prompts_for("dog", "forest", ("puppy",))
     own, others = prompts.calibration_prompts(words, ("dog", "puppy"))
     assert 8 <= len(own) <= 14
@@ -418,7 +420,7 @@ def test_reports_say_what_is_left_from_the_second_iteration_on(demo, job, latent
         ({"reference": ""}, "no reference"),
         ({"reference": "cat"}, "nothing to learn"),
         ({"layers": "custom"}, "pattern is empty"),
-        ({"layers": "custom", "layer_pattern": "nowhere"}, "fits none of this model's"),
+        ({"layers": "custom", "layer_pattern": "nowhere"}, "matches none of this model's"),
         ({"clip": None}, "no CLIP is connected"),
         ({"clip": None, "target": [[torch.zeros(1, 77, 768), {}]]}, "reference, neutral"),
     ],

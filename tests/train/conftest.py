@@ -13,7 +13,10 @@ import torch
 from dev.host import Host
 from tests.conftest import pack_module
 from tests.host.conftest import CHECKPOINT, Demo, demo, demo_lora, inference_mode  # noqa: F401  (fixtures)
+from unguide_core.adapter import Adapter
+from unguide_core.adapter.names import UNET, renamed
 from unguide_train.config import Config, from_values
+from unguide_train.model import inject
 
 QUICK = {
     "iterations": 4,
@@ -34,15 +37,22 @@ def in_the_graph(model: Any, encode: Callable[[str], Any], config: Config) -> An
     Args:
         encode: a prompt's CONDITIONING.
     """
-    core, training = pack_module("unguide_core.training"), pack_module("unguide_comfy.training")
+    core, recipes = pack_module("unguide_core.training.prompts"), pack_module("unguide_core.training.recipe")
+    training = pack_module("unguide_comfy.training")
     (concept,) = config.concepts
     theirs = config.prompts_of(concept)
     pairs = tuple(core.Pair(pair.target, pair.reference) for pair in theirs.erased)
-    prompts = core.Prompts(pairs, theirs.kept, theirs.neutral)
-    recipe = core.Recipe(**config.full_recipe.__dict__)
+    prompts = core.TrainingPrompts(pairs, theirs.kept, theirs.neutral)
+    recipe = recipes.Recipe(**config.full_recipe.__dict__)
     job = training.Job(recipe, prompts, {name: encode(name) for name in prompts.names})
     with torch.inference_mode():
         return training.train_erasure_lora(model, job, torch.zeros(1, *SHAPE))
+
+
+def put_on(unet: Any, adapter: Adapter) -> None:
+    """Puts a trained adapter on the demo model's UNet, in whichever naming its layers are."""
+    paths = renamed(adapter.layers, UNET, "demo")
+    inject(unet, {paths[name].removeprefix(UNET): layer for name, layer in adapter.layers.items()})
 
 
 @pytest.fixture(scope="session")

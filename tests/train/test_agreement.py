@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tests.conftest import pack_module
-from tests.train.conftest import SHAPE, in_the_graph
+from tests.train.conftest import SHAPE, in_the_graph, put_on
 from unguide_core.formats import load_adapter, save_adapter
-from unguide_core.training import PRESETS
+from unguide_core.training.recipe import PRESETS
 from unguide_train.config import from_values
 from unguide_train.job import train_concept
-from unguide_train.model import DiffusersPredictor, apply_adapter, load_base
+from unguide_train.model import DiffusersPredictor, load_base
 
 training = pack_module("unguide_comfy.training")
-core = pack_module("unguide_core.training")
+core = pack_module("unguide_core.training.recipe")
 # the two programs' float32 arithmetic differs in its order; Adam's first steps amplify it where a gradient is near 0
 LIMITS = {"eps": 1e-4, "loss, relative": 1e-3, "change of weights, relative": 1e-2}
 
@@ -77,7 +77,7 @@ def test_each_trainers_file_does_the_same_in_the_other_program(demo, config, tmp
     moved = {}
     for name, adapter in {"graph": load_adapter(tmp_path / "again.safetensors"), "ours": ours}.items():
         loaded = load_base(checkpoint, tokenizer)
-        apply_adapter(loaded.unet, adapter)
+        put_on(loaded.unet, adapter)
         predict = DiffusersPredictor(loaded.unet, loaded.encode([prompt]))
         with torch.no_grad():
             before = predict(z, times, [prompt])

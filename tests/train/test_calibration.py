@@ -14,15 +14,16 @@ from demo.captions import words_for
 from demo.erasure import LORAS, path_of
 from tests.conftest import pack_module
 from tests.host.conftest import Demo
-from unguide_core.calibration import LOOKS, Calibration
+from tests.train.conftest import put_on
 from unguide_core.formats import load_adapter
+from unguide_core.probe.calibration import PROBED_STEPS, Calibration, CalibrationPrompts
+from unguide_core.training.rollout import Denoiser
 from unguide_train import job
 from unguide_train.calibration import calibrate
 from unguide_train.config import from_values
 from unguide_train.job import train_concept
-from unguide_train.model import DiffusersPredictor, apply_adapter, load_base
+from unguide_train.model import DiffusersPredictor, load_base
 
-gating, deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
 SHAPE = (4, 8, 8)
 TARGET = "a photo of the cat"
 OTHERS = ["", *(f"a photo of the {word}" for word in ("dog", "bird", "ship", "truck", "forest", "sea", "deer"))]
@@ -30,6 +31,7 @@ OTHERS = ["", *(f"a photo of the {word}" for word in ("dog", "bird", "ship", "tr
 
 def decided(demo: Demo, lora: Any, prompt: str) -> Any:
     """What the host's gate decides with its defaults."""
+    gating, deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
     reports: list[Any] = []
     with torch.inference_mode():
         gate = gating.Gate(gating.PROBE, deciding.ProbeSettings())
@@ -45,25 +47,24 @@ def found(checkpoint, tokenizer) -> Calibration:
     adapter = load_adapter(path_of(LORAS, "selective", "cat"))
     with torch.inference_mode(False):
         base = load_base(checkpoint, tokenizer)
-        apply_adapter(base.unet, adapter)
+        put_on(base.unet, adapter)
         own = [f"a photo of the {word}" for word in words_for("cat")[1:]]
         predict = DiffusersPredictor(base.unet, base.encode([TARGET, *own, *OTHERS]))
-        return calibrate(predict, adapter, base.hash, (TARGET, own, OTHERS, ""), SHAPE)
+        return calibrate(adapter, Denoiser(predict, "", 16), base.hash, CalibrationPrompts(TARGET, own, OTHERS), SHAPE)
 
 
 def test_its_figures_are_those_that_the_host_measured(found: Calibration) -> None:
     shipped = Calibration.from_card(load_adapter(path_of(LORAS, "selective", "cat")).card.calibration)
     assert shipped is not None
     assert (found.adapter, found.latent, found.cfg) == (shipped.adapter, shipped.latent, shipped.cfg)
-    for name in ("influence", "patch"):
-        assert len(found.levels[name]) == len(LOOKS)
-        for sigma in (9.0, 7.0):
-            here, there = found.at(name, sigma), shipped.at(name, sigma)
-            assert here is not None
-            assert there is not None
-            assert here.baseline == pytest.approx(there.baseline, rel=0.15)
-            assert here.others.mean < 0.3
-            assert here.concept.mean > 0.8
+    assert len(found.levels["influence"]) == len(PROBED_STEPS)
+    for sigma in (9.0, 7.0):
+        here, there = found.at("influence", sigma), shipped.at("influence", sigma)
+        assert here is not None
+        assert there is not None
+        assert here.baseline == pytest.approx(there.baseline, rel=0.15)
+        assert here.others.mean < 0.3
+        assert here.concept.mean > 0.8
     aligned = found.levels["alignment"][1]
     assert aligned.baseline == 1.0
     assert aligned.concept.mean > 2 * aligned.others.mean
@@ -92,7 +93,7 @@ def test_what_was_trained_is_not_lost_where_memory_runs_out_in_its_calibration(s
     config = from_values({**settings, "calibrate": True})
     card = load_adapter(job.train_concept(config, config.concepts[0], quiet=True).path).card
     assert card.calibration == {}
-    assert "is trained, but not calibrated: no room" in caplog.text
+    assert "is trained, but not calibrated (no room)" in caplog.text
 
 
 def test_a_trained_adapters_card_is_calibrated(settings, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tests.conftest import ROOT
 from tests.train.conftest import QUICK
 from unguide_core.formats import load_adapter
-from unguide_core.training import TrainingError
+from unguide_core.training.trainer import TrainingError
 from unguide_train import checkpoint as checkpoints
 from unguide_train import job
 from unguide_train.cli import main
@@ -182,7 +182,7 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing_half_written(argument
     )
     assert run.returncode == 1
     (said,) = [line for line in run.stderr.splitlines() if line.startswith("unguide_train:")]
-    assert re.search(r"cat: .*cat\.safetensors.*File too large.*disk has room", said), said
+    assert re.search(r"cat: .*cat\.safetensors.*File too large.*disk is not full", said), said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -270,7 +270,7 @@ def test_a_learning_rate_that_diverges_ends_in_a_sentence_and_no_file(arguments,
 @pytest.mark.parametrize(
     ("name", "tensors", "words"),
     [
-        ("x.ckpt", None, "no .safetensors file"),
+        ("x.ckpt", None, "not a .safetensors file"),
         ("x.safetensors", {"a": torch.zeros(2)}, "holds no UNet"),
         ("x.safetensors", {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)}, "holds no CLIP under"),
     ],

@@ -266,7 +266,7 @@ def test_every_preset_chooses_the_same_layers_in_both_programs(tiny: Tiny, confi
     read = load_adapter(train_concept(chosen, chosen.concepts[0], quiet=True).path)
     own = tiny.model.model
     training = pack_module("unguide_comfy.training")
-    paths = pack_module("unguide_core.layers").chosen_layers(
+    paths = pack_module("unguide_core.training.layers").chosen_layers(
         [n for n, m in own.diffusion_model.named_modules() if isinstance(m, torch.nn.Linear)], layers
     )
     names = training._kohya_names(own)

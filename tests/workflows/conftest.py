@@ -1,8 +1,7 @@
-"""What the workflow tests share: one server for all of them, and pictures as pixels. Nothing of the host is mocked."""
+"""What the workflow tests share: one server for all of them, and images as pixels. Nothing of the host is mocked."""
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 from collections.abc import Iterator
@@ -20,6 +19,8 @@ WORKFLOWS = ROOT / "workflows"
 TWINS = ROOT / "tests" / "fixtures" / "workflows"
 STEMS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 CAT, DOG = "a photo of the cat", "a photo of the dog"
+GUIDED = ("UnGuideModel", "UnGuideSampler", "UnGuideProbe")
+SETTINGS = "UnGuideSettings"
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +42,14 @@ def our_nodes(object_info: dict[str, Any]) -> dict[str, Any]:
     return ours
 
 
-def twin(stem: str, **inputs: Any) -> Graph:
-    """The API-format twin of a workflow; the inputs replace those of the same name that hold a value, everywhere.
+def twin(stem: str, settings: dict[str, Any] | None = None, **inputs: Any) -> Graph:
+    """The API-format twin of a workflow, changed.
 
-    `prompt` is the positive prompt's text.
+    Args:
+        settings: of an UnGuide Settings node that all guided nodes are connected to; what is not named has its default.
+        inputs: replace those of the same name that hold a value, everywhere; `prompt` is the positive prompt's text.
     """
-    graph: Graph = copy.deepcopy(json.loads((TWINS / f"{stem}.json").read_text(encoding="utf-8")))
+    graph = _read(stem)
     prompt = inputs.pop("prompt", None)
     for node in graph.values():
         if prompt is not None and node["_meta"]["title"] == "Prompt":
@@ -54,17 +57,27 @@ def twin(stem: str, **inputs: Any) -> Graph:
         for name, value in inputs.items():
             if name in node["inputs"] and not isinstance(node["inputs"][name], list):
                 node["inputs"][name] = value
+    if settings is not None:
+        (defaults,) = [node for node in _read("4_custom_sampling").values() if node["class_type"] == SETTINGS]
+        for node in graph.values():
+            if node["class_type"] in GUIDED:
+                node["inputs"]["settings"] = ["settings", 0]
+        graph["settings"] = {**defaults, "inputs": {**defaults["inputs"], **settings}}
     return graph
 
 
+def _read(stem: str) -> Graph:
+    return dict(json.loads((TWINS / f"{stem}.json").read_text(encoding="utf-8")))
+
+
 def pixels(png: bytes) -> tuple[tuple[int, int], bytes]:
-    """Size and pixels of a picture, without the metadata in its file."""
-    image = Image.open(io.BytesIO(png))
-    return image.size, image.convert("RGB").tobytes()
+    """Size and pixels of an image, without the metadata in its file."""
+    opened = Image.open(io.BytesIO(png))
+    return opened.size, opened.convert("RGB").tobytes()
 
 
-def picture(server: Server, entry: dict[str, Any], graph: Graph, title: str) -> tuple[tuple[int, int], bytes]:
-    """The one picture of the node with that title."""
+def image(server: Server, entry: dict[str, Any], graph: Graph, title: str) -> tuple[tuple[int, int], bytes]:
+    """The one image of the node with that title."""
     (node,) = [key for key, value in graph.items() if value["_meta"]["title"] == title]
     (png,) = server.api.images(entry)[node]
     return pixels(png)

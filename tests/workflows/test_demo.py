@@ -1,4 +1,4 @@
-"""The demonstration: what it runs and reports on the real server, and what it calls a failure."""
+"""The demonstration: what it runs and reports on the real server, and what counts as a failure."""
 
 from __future__ import annotations
 
@@ -21,53 +21,53 @@ from tests.workflows.conftest import CAT, DOG
 
 REPORTED = {
     *("prompt", "column", "detected", "weight", "score"),
-    *("unet_evaluations", "seconds", "class_probabilities"),
+    *("model_evaluations", "seconds", "class_probabilities"),
 }
 
 
 @pytest.fixture(scope="module")
-def rows(server: Server) -> dict[str, list[demo.Picture]]:
+def rows(server: Server) -> dict[str, list[demo.Cell]]:
     running = demo.Demo(server, "cat", 7, Progress())
     return {prompt: list(running.row(demo.Row(prompt, demo.FREE))) for prompt in (CAT, DOG)}
 
 
-def test_a_row_has_a_picture_a_column_and_the_gates_numbers_under_unguide(rows: dict[str, list[demo.Picture]]) -> None:
-    for pictures in rows.values():
-        base, lora_only, unguide = pictures
-        assert [picture.column for picture in pictures] == list(demo.COLUMNS)
+def test_a_row_has_an_image_per_column_and_the_gates_numbers_under_unguide(rows: dict[str, list[demo.Cell]]) -> None:
+    for cells in rows.values():
+        base, lora_only, unguide = cells
+        assert [cell.column for cell in cells] == list(demo.COLUMNS)
         assert base.png != lora_only.png
-        assert base.unet_evaluations == lora_only.unet_evaluations == 60
+        assert base.model_evaluations == lora_only.model_evaluations == 60
         assert base.detected is lora_only.detected is None
-        assert all(picture.seconds > 0 for picture in pictures)
-        assert unguide.unet_evaluations > 60
+        assert all(cell.seconds > 0 for cell in cells)
+        assert unguide.model_evaluations > 60
     cat, dog = rows[CAT][2], rows[DOG][2]
     assert (cat.detected, cat.weight) == (True, 0)
     assert (dog.detected, dog.weight) == (False, 1)
 
 
 def test_the_grid_and_the_judges_opinions_are_made_in_the_hosts_python(
-    rows: dict[str, list[demo.Picture]], tmp_path: Path
+    rows: dict[str, list[demo.Cell]], tmp_path: Path
 ) -> None:
-    pictures = [picture for row in rows.values() for picture in row]
+    cells = [cell for row in rows.values() for cell in row]
     asked = [demo.Row(CAT, demo.ERASED), demo.Row(DOG, demo.KEPT)]
-    demo.judge_and_draw(Host.from_environment(), "cat", asked, pictures, tmp_path)
+    demo.judge_and_show(Host.from_environment(), "cat", asked, cells, tmp_path)
     assert Image.open(tmp_path / "grid.png").width > 900
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 6
-    for picture in pictures:
-        entry = json.loads(json.dumps(picture.entry()))
+    assert len(list((tmp_path / "images").glob("*.png"))) == 6
+    for cell in cells:
+        entry = json.loads(json.dumps(cell.entry()))
         assert set(entry) == REPORTED
         assert set(entry["class_probabilities"]) == {*CLASSES, "other"}
         assert sum(entry["class_probabilities"].values()) == pytest.approx(1, abs=0.01)
     assert rows[DOG][0].shown == "dog"
-    assert demo.table(pictures).count("\n") == 6
+    assert demo.table(cells).count("\n") == 6
 
 
-def test_the_concept_still_drawn_or_another_picture_changed_is_a_failure() -> None:
-    def row(prompt: str, shown: str, png: bytes) -> list[demo.Picture]:
-        made = [demo.Picture(prompt, column, b"base", 1.0) for column in demo.COLUMNS]
+def test_the_concept_still_shown_or_an_unrelated_image_changed_is_a_failure() -> None:
+    def row(prompt: str, shown: str, png: bytes) -> list[demo.Cell]:
+        made = [demo.Cell(prompt, column, b"base", 1.0) for column in demo.COLUMNS]
         made[2].png = png
-        for picture in made:
-            picture.class_probabilities = {shown: 0.9, "other": 0.1}
+        for cell in made:
+            cell.class_probabilities = {shown: 0.9, "other": 0.1}
         return made
 
     asked = [demo.Row("a cat", demo.ERASED), demo.Row("a dog", demo.KEPT), demo.Row("mine", demo.FREE)]
@@ -76,7 +76,7 @@ def test_the_concept_still_drawn_or_another_picture_changed_is_a_failure() -> No
     wrong = [*row("a cat", "cat", b"erased"), *row("a dog", "dog", b"bass"), *row("mine", "cat", b"any")]
     assert demo.failures("cat", asked, wrong) == [
         "'a cat' still shows a cat",
-        "'a dog' differs from the base model's picture",
+        "'a dog' differs from the base model's image",
     ]
 
 
@@ -103,7 +103,7 @@ def test_a_wrong_argument_is_one_sentence_before_anything_is_set_up(changed: dic
     assert caught.value.code == 2
 
 
-def test_only_the_pictures_seed_is_changed_not_the_probes() -> None:
+def test_only_the_images_seed_is_changed_not_the_probes() -> None:
     def node(kind: str, **inputs: Any) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
 

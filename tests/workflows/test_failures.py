@@ -75,19 +75,25 @@ def test_a_file_that_does_not_exist_is_refused_before_anything_runs(server: Serv
 
 def test_a_value_out_of_range_is_refused_by_name(server: Server) -> None:
     with pytest.raises(PromptRejectedError, match="weight_detected"):
-        server.api.run(twin("1_quick_start", weight_detected=9.0))
+        server.api.run(twin("1_quick_start", settings={"weight_detected": 9.0}))
 
 
 def test_a_probe_longer_than_its_schedule_is_the_nodes_error(server: Server) -> None:
-    with pytest.raises(ExecutionFailedError, match="probe_steps is 20 of 20 schedule_steps"):
-        server.api.run(twin("1_quick_start", probe_steps=20, steps=1))
+    with pytest.raises(ExecutionFailedError, match="probe_steps is 20 and probe_schedule_steps 20") as caught:
+        server.api.run(twin("1_quick_start", settings={"probe_steps": 20}, steps=1))
+    assert caught.value.details["node_type"] == "UnGuideSettings"
+
+
+def test_a_threshold_that_is_not_a_number_is_the_nodes_error(server: Server) -> None:
+    with pytest.raises(ExecutionFailedError, match="expected a number such as"):
+        server.api.run(twin("1_quick_start", settings={"threshold": "high"}, steps=1))
 
 
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ({"reference": "cat"}, "nothing to learn"),
-        ({"reference": ""}, "there is no reference for 'cat'"),
+        ({"generate_instead": "cat"}, "nothing to learn"),
+        ({"generate_instead": ""}, "there is no reference for 'cat'"),
         ({"concept": ""}, "no concept is named"),
         ({"layers": "custom"}, "the pattern is empty"),
     ],

@@ -1,4 +1,4 @@
-"""The shipped workflow files: what the page exports of them, and what a newcomer meets on opening one."""
+"""The shipped workflow files: what the page exports of them, and what a newcomer sees on opening one."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ def test_every_workflow_has_a_twin_and_a_thumbnail() -> None:
 def test_the_file_in_api_format_is_its_twin(stem: str, workflow: dict[str, Any], object_info: dict[str, Any]) -> None:
     """The twins were exported by ComfyUI's own page from these files."""
     assert to_api(workflow, object_info) == json.loads((TWINS / f"{stem}.json").read_text(encoding="utf-8"))
+
+
+def test_no_workflow_changes_an_advanced_input_of_our_nodes(stem: str, our_nodes: dict[str, Any]) -> None:
+    for node in json.loads((TWINS / f"{stem}.json").read_text(encoding="utf-8")).values():
+        known = our_nodes.get(node["class_type"], {"input": {}})["input"]
+        for name, (_, *options) in {**known.get("required", {}), **known.get("optional", {})}.items():
+            if options and options[0].get("advanced") and name in node["inputs"]:
+                assert node["inputs"][name] == options[0]["default"], f"{node['class_type']}.{name}"
 
 
 def test_links_agree_with_the_slots_at_both_ends(workflow: dict[str, Any]) -> None:

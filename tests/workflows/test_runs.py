@@ -1,4 +1,4 @@
-"""The shipped workflows, executed by the real server on the demo model, as a person who presses Run has it."""
+"""The shipped workflows, executed by the real server on the demo model, as after a press of Run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from dev.api import ExecutionFailedError, Graph
 from dev.server import Server
-from tests.workflows.conftest import CAT, DOG, STEMS, picture, report, twin
+from tests.workflows.conftest import CAT, DOG, STEMS, image, report, twin
 
 COMPARISON = "3_compare_base_lora_unguide"
 DECIDING_BEFORE = "2_probe_then_sample"
@@ -18,7 +18,7 @@ COLUMNS = ("1: base", "2: LoRA only", "3: UnGuide")
 # fewer than the files have, to save time: nothing below depends on it
 STEPS = 10
 FEW = {"iterations": 3, "sampling_steps": 2, "scenes": ""}
-PICTURES = ("SaveImage", "PreviewImage", "LossGraphNode")
+IMAGE_NODES = ("SaveImage", "PreviewImage", "LossGraphNode")
 # these workflows show a report
 REPORTING = ("1_quick_start", "2_probe_then_sample", COMPARISON)
 
@@ -27,8 +27,8 @@ Run = tuple[dict[str, Any], Graph]
 
 def decided(entry: dict[str, Any]) -> dict[str, Any]:
     """The one decision of a run's report."""
-    (outcome,) = report(entry)["erasure"]
-    return {**outcome["decision"], "weight": outcome["weight"]}
+    (erasure,) = report(entry)["erasure"]
+    return {**erasure["decision"], "weight": erasure["weight"]}
 
 
 @pytest.fixture(scope="session")
@@ -44,20 +44,20 @@ def finished(server: Server) -> dict[tuple[str, str], Run]:
 
 def comparison(server: Server, finished: dict[tuple[str, str], Run], prompt: str) -> list[Any]:
     entry, graph = finished[COMPARISON, prompt]
-    return [picture(server, entry, graph, title) for title in COLUMNS]
+    return [image(server, entry, graph, title) for title in COLUMNS]
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_every_picture_node_gives_a_picture(server: Server, finished: dict[tuple[str, str], Run], stem: str) -> None:
+def test_every_image_node_shows_an_image(server: Server, finished: dict[tuple[str, str], Run], stem: str) -> None:
     entry, graph = finished[stem, CAT]
     assert entry["status"]["status_str"] == "success"
     images = server.api.images(entry)
-    assert set(images) == {key for key, node in graph.items() if node["class_type"] in PICTURES}
+    assert set(images) == {key for key, node in graph.items() if node["class_type"] in IMAGE_NODES}
     assert all(len(pngs) == 1 for pngs in images.values())
 
 
 @pytest.mark.parametrize("stem", REPORTING)
-def test_the_report_finds_the_concept_and_nothing_in_another_prompt(
+def test_the_report_says_detected_for_the_concepts_prompt_and_not_for_another(
     finished: dict[tuple[str, str], Run], stem: str
 ) -> None:
     cat, dog = (decided(finished[stem, prompt][0]) for prompt in (CAT, DOG))
@@ -66,7 +66,7 @@ def test_the_report_finds_the_concept_and_nothing_in_another_prompt(
     assert cat["score"] > dog["score"]
 
 
-def test_an_unrelated_picture_is_the_base_models_and_the_lora_alone_changes_it(
+def test_an_unrelated_image_is_the_base_models_and_the_lora_alone_changes_it(
     server: Server, finished: dict[tuple[str, str], Run]
 ) -> None:
     base, lora_only, guided = comparison(server, finished, DOG)
@@ -74,31 +74,31 @@ def test_an_unrelated_picture_is_the_base_models_and_the_lora_alone_changes_it(
     assert lora_only != base
 
 
-def test_the_concepts_picture_is_not_the_base_models(server: Server, finished: dict[tuple[str, str], Run]) -> None:
+def test_the_concepts_image_is_not_the_base_models(server: Server, finished: dict[tuple[str, str], Run]) -> None:
     base, lora_only, guided = comparison(server, finished, CAT)
     assert base not in (lora_only, guided)
 
 
 @pytest.mark.parametrize("prompt", [CAT, DOG])
-def test_all_workflows_with_the_shipped_lora_draw_the_same_picture(
+def test_all_workflows_with_the_shipped_lora_generate_the_same_image(
     server: Server, finished: dict[tuple[str, str], Run], prompt: str
 ) -> None:
-    """But for the one that decides before the first step: it erases from there on."""
+    """Except the one that decides before sampling: it erases from the first step on."""
     wanted = comparison(server, finished, prompt)[2]
     for stem in STEMS:
         if stem not in (COMPARISON, TRAINING):
             entry, graph = finished[stem, prompt]
-            same = picture(server, entry, graph, "Picture") == wanted
+            same = image(server, entry, graph, "Image") == wanted
             assert same is (prompt == DOG or stem != DECIDING_BEFORE), stem
 
 
-def test_a_lora_trained_in_the_graph_is_used_in_it_and_spares_an_unrelated_picture(
+def test_a_lora_trained_in_the_graph_is_used_in_it_and_leaves_an_unrelated_image_alone(
     server: Server, finished: dict[tuple[str, str], Run]
 ) -> None:
-    """After three iterations it erases little; that the gate knows its concept and leaves the rest alone holds."""
-    titles = ("Picture", "Without UnGuide")
+    """After three iterations it erases little, but the gate already detects its concept and nothing else."""
+    titles = ("Image", "Without UnGuide")
     (cat, cat_base), (dog, dog_base) = (
-        [picture(server, *finished[TRAINING, prompt], title) for title in titles] for prompt in (CAT, DOG)
+        [image(server, *finished[TRAINING, prompt], title) for title in titles] for prompt in (CAT, DOG)
     )
     assert cat != cat_base
     assert dog == dog_base
@@ -115,39 +115,40 @@ def test_the_trained_lora_is_kept_for_the_next_prompt(finished: dict[tuple[str, 
     assert node in cached
 
 
-def test_only_the_model_that_draws_the_picture_is_evaluated(finished: dict[tuple[str, str], Run]) -> None:
-    found, nothing = (report(finished["1_quick_start", prompt][0])["unet_evaluations"] for prompt in (CAT, DOG))
-    assert found["base"] + found["adapted"] == 2 * STEPS + 2  # the step of the decision is computed twice
-    assert 0 < found["base"] < found["adapted"]
-    assert (nothing["base"], nothing["adapted"]) == (2 * STEPS, 0)
-    assert found["probe"] == nothing["probe"] == 1
+def test_only_the_model_that_generates_the_image_is_evaluated(finished: dict[tuple[str, str], Run]) -> None:
+    cat, dog = (report(finished["1_quick_start", prompt][0])["model_evaluations"] for prompt in (CAT, DOG))
+    assert cat["base"] + cat["adapted"] == 2 * STEPS + 2  # the step of the decision is computed twice
+    assert 0 < cat["base"] < cat["adapted"]
+    assert (dog["base"], dog["adapted"]) == (2 * STEPS, 0)
+    assert cat["probe"] == dog["probe"] == 1
+    assert cat["wasted"] == dog["wasted"] == 0
 
 
-def test_weight_zero_for_every_prompt_is_the_lora_alone(server: Server) -> None:
-    """The host's own LoRA loader reads the same file and means the same by it; only the arithmetic differs."""
-    graph = twin(COMPARISON, prompt=DOG, gate_mode="fixed", weight_detected=0.0, steps=4)
+def test_always_erasing_at_weight_zero_is_the_lora_alone(server: Server) -> None:
+    """The host's own LoRA loader applies the same file in the same way; only the arithmetic differs."""
+    graph = twin(COMPARISON, settings={"decide": "always erase"}, prompt=DOG, steps=4)
     entry = server.api.run(graph)
-    base, lora_only, guided = (picture(server, entry, graph, title) for title in COLUMNS)
+    base, lora_only, guided = (image(server, entry, graph, title) for title in COLUMNS)
     assert difference(lora_only, guided) <= 2 < difference(lora_only, base)
 
 
 def difference(one: Any, other: Any) -> int:
-    """The largest difference of two pictures' channels, of 255."""
+    """The largest difference of a channel's value between two images, of 255."""
     assert one[0] == other[0]
     return max(abs(a - b) for a, b in zip(one[1], other[1], strict=True))
 
 
 def again(server: Server, number: int) -> Any:
-    """The quick start's picture, sampled anew: the host caches by inputs, so one that has no effect here differs."""
-    graph = twin("1_quick_start", prompt=CAT, steps=6, weight_otherwise=0.5 + number / 100)
-    return picture(server, server.api.run(graph), graph, "Picture")
+    """The quick start's image, sampled again: the host caches by inputs, so one that has no effect here differs."""
+    graph = twin("1_quick_start", settings={"weight_otherwise": 0.5 + number / 100}, prompt=CAT, steps=6)
+    return image(server, server.api.run(graph), graph, "Image")
 
 
-def test_the_same_prompt_twice_gives_the_same_picture(server: Server) -> None:
+def test_the_same_prompt_twice_gives_the_same_image(server: Server) -> None:
     assert again(server, 1) == again(server, 2)
 
 
-def test_a_run_after_an_interrupted_one_gives_the_same_picture(server: Server) -> None:
+def test_a_run_after_an_interrupted_one_gives_the_same_image(server: Server) -> None:
     before = again(server, 3)
     steps = 997
     running = server.api.queue(twin("1_quick_start", prompt=CAT, steps=steps))

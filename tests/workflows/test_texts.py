@@ -36,7 +36,10 @@ def test_the_english_texts_are_the_schemas(server: Server, our_nodes: dict[str, 
     english = server.api.get("/i18n")["en"]["nodeDefs"]
     assert sorted(english) == sorted(our_nodes)
     for node, info in our_nodes.items():
-        inputs = {name: {"name": name, "tooltip": options["tooltip"]} for name, options in specifications(info).items()}
+        inputs = {
+            name: {"name": options.get("display_name", name), "tooltip": options["tooltip"]}
+            for name, options in specifications(info).items()
+        }
         outputs = {
             str(slot): {"name": name, "tooltip": tooltip}
             for slot, (name, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"], strict=True))
@@ -54,9 +57,8 @@ def test_no_text_has_characters_that_translations_take_for_syntax(server: Server
 def test_the_category_and_the_wires_have_names(server: Server, our_nodes: dict[str, Any]) -> None:
     english = server.api.get("/i18n")["en"]
     assert english["nodeCategories"] == {"UnGuide": "UnGuide"}
-    ours = {
-        kind for info in our_nodes.values() for kind in info["output"] if kind in ("ERASURE_LORA", "UNGUIDE_DECISION")
-    }
+    outputs = {kind for info in our_nodes.values() for kind in info["output"]}
+    ours = outputs & {"ERASURE_LORA", "UNGUIDE_SETTINGS", "UNGUIDE_DECISION"}
     assert set(english["dataTypes"]) == ours
 
 
@@ -68,18 +70,17 @@ def test_every_node_has_a_help_page_that_names_each_of_its_slots(server: Server,
         assert page.startswith(f"# {info['display_name']}\n")
         rows = re.findall(r"^\| (\*\*.*?) \|", page, re.MULTILINE)
         slots = [*specifications(info), *info["output_name"]]
-        modes = info["input"]["required"].get("gate_mode", [None, {"options": []}])[1]["options"]
         named = [name for row in rows for name in re.findall(r"\*\*(.+?)\*\*", row)]
-        if node != "UnGuideModel":
-            modes = []
-        assert sorted(named) == sorted([*slots, *modes]), node
+        assert sorted(named) == sorted(slots), node
 
 
-@pytest.mark.parametrize("mode", ["probe", "trajectory", "fixed"])
-def test_the_help_pages_explain_every_gate_mode(our_nodes: dict[str, Any], mode: str) -> None:
-    assert mode in our_nodes["UnGuideModel"]["input"]["required"]["gate_mode"][1]["options"]
-    for node in ("UnGuideModel", "UnGuideSampler"):
-        assert mode in (DOCS / f"{node}.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["decide", "on_detection", "statistic"])
+def test_the_help_page_of_the_settings_explains_every_choice(our_nodes: dict[str, Any], name: str) -> None:
+    page = (DOCS / "UnGuideSettings.md").read_text(encoding="utf-8")
+    choices = our_nodes["UnGuideSettings"]["input"]["required"][name][1]["options"]
+    assert len(choices) >= 3
+    for choice in choices:
+        assert choice in page, choice
 
 
 def _texts(value: Any) -> list[str]:

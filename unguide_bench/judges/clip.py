@@ -55,13 +55,13 @@ class Clip:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(self.device).requires_grad_(False).train(False)
 
-    def pictures(self, files: Sequence[Path]) -> Tensor:
-        """Unit vectors of picture files, [pictures, D]."""
+    def images(self, files: Sequence[Path]) -> Tensor:
+        """Unit vectors of image files, [images, D]."""
         batches = [files[at : at + BATCH] for at in range(0, len(files), BATCH)]
         return torch.cat([self.looks([Image.open(file).convert("RGB") for file in batch]) for batch in batches])
 
     def looks(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors of RGB pictures, [pictures, D]."""
+        """Unit vectors of RGB images, [images, D]."""
         pixels = self.look(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
         return _unit(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
 
@@ -74,20 +74,20 @@ class Clip:
 
 
 class ClipNetwork(nn.Module):
-    """CLIP's picture vectors as the features of a FID; takes uint8 pictures [B, 3, H, W]."""
+    """CLIP's image vectors as the features of a FID; takes uint8 images [B, 3, H, W]."""
 
     def __init__(self, clip: Clip) -> None:
         super().__init__()
         self.clip = clip
         self.num_features = int(clip.model.config.projection_dim)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Returns unit vectors [B, D]."""
-        return self.clip.looks([Image.fromarray(one.permute(1, 2, 0).numpy()) for one in pictures.cpu()]).cpu()
+        return self.clip.looks([Image.fromarray(one.permute(1, 2, 0).numpy()) for one in images.cpu()]).cpu()
 
 
 class ClipJudge:
-    """Zero-shot classes: of the labels' texts the one nearest to the picture. A synonym never counts as a class."""
+    """Zero-shot classes: of the labels' texts the one nearest to the image. A synonym never counts as a class."""
 
     def __init__(self, clip: Clip, labels: Sequence[str], template: str = TEMPLATE) -> None:
         if len(labels) < 2:
@@ -96,22 +96,22 @@ class ClipJudge:
         self.classes = clip.texts([template.format(label) for label in labels])
 
     def see(self, files: Sequence[Path]) -> list[str]:
-        """The class that each picture shows."""
-        nearest = (self.clip.pictures(files) @ self.classes.T).argmax(dim=1)
+        """The class that each image shows."""
+        nearest = (self.clip.images(files) @ self.classes.T).argmax(dim=1)
         return [self.labels[number] for number in nearest.tolist()]
 
 
 class ClipScore:
-    """CLIPScore (arXiv 2104.08718, without its factor 2.5, as is usual): max(100 * cos(picture, prompt), 0)."""
+    """CLIPScore (arXiv 2104.08718, without its factor 2.5, as is usual): max(100 * cos(image, prompt), 0)."""
 
     def __init__(self, clip: Clip) -> None:
         self.clip = clip
 
     def measure(self, files: Sequence[Path], prompts: Sequence[str]) -> list[float]:
-        """The score of each picture with its prompt."""
+        """The score of each image with its prompt."""
         texts = list(dict.fromkeys(prompts))
         vectors = self.clip.texts(texts)[[texts.index(prompt) for prompt in prompts]]
-        return (100 * (self.clip.pictures(files) * vectors).sum(dim=1)).clamp(min=0).tolist()
+        return (100 * (self.clip.images(files) * vectors).sum(dim=1)).clamp(min=0).tolist()
 
 
 def _unit(vectors: Tensor) -> Tensor:

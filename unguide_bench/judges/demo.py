@@ -15,6 +15,6 @@ class DemoJudge:
     """A small network that was trained on artwork alone; it may say "other"."""
 
     def see(self, files: Sequence[Path]) -> list[tuple[str, str]]:
-        """The class that each picture shows, and of the ten classes the one that is nearest to it."""
+        """The class that each image shows, and of the ten classes the one that is nearest to it."""
         found = [classify(np.asarray(Image.open(file).convert("RGB")))[0] for file in files]
         return [(LABELS[int(one.argmax())], LABELS[int(one[:-1].argmax())]) for one in found]

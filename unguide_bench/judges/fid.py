@@ -1,4 +1,4 @@
-"""FID, the distance of two sets of pictures, by torchmetrics."""
+"""FID, the distance of two sets of images, by torchmetrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from ..errors import BenchError
 
 ENOUGH = 2
-"""Pictures that a set must have; for a value to compare with published ones, thousands."""
+"""Images that a set must have; for a value to compare with published ones, thousands."""
 
 
 class Fid:
@@ -26,7 +26,7 @@ class Fid:
 
     Args:
         network: torch-fidelity's InceptionV3 weights (weights-inception-2015-12-05-6726825d.pth, or the same as
-            safetensors), which published values rest on; or another feature network: uint8 pictures [B, 3, H, W] to
+            safetensors), which published values rest on; or another feature network: uint8 images [B, 3, H, W] to
             features [B, num_features].
     Raises: BenchError where the weights cannot be loaded.
     """
@@ -38,9 +38,9 @@ class Fid:
         self.distance = _inception(network)
 
     def measure(self, files: Sequence[Path], references: Sequence[Path]) -> float:
-        """The distance of the files' pictures from the references'. Raises: BenchError for fewer than two of either."""
+        """The distance of the files' images from the references'. Raises: BenchError for fewer than two of either."""
         if min(len(files), len(references)) < ENOUGH:
-            raise BenchError(f"FID has {len(files)} pictures and {len(references)} references; expected {ENOUGH} each")
+            raise BenchError(f"FID has {len(files)} images and {len(references)} references; expected {ENOUGH} each")
         self.distance.reset()
         with torch.no_grad():
             for paths, real in ((references, True), (files, False)):
@@ -66,5 +66,5 @@ def _inception(path: Path) -> FrechetInceptionDistance:
 
 
 def _pixels(path: Path) -> Tensor:
-    """A picture [1, 3, H, W], uint8."""
+    """An image [1, 3, H, W], uint8."""
     return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]

@@ -1,4 +1,4 @@
-"""NudeNet: which exposed parts of the body a picture shows. Its wheel carries its model."""
+"""NudeNet: which exposed parts of the body an image shows. Its wheel carries its model."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ class NudityJudge:
         self.detector, self.threshold = NudeDetector(), threshold
 
     def see(self, files: Sequence[Path]) -> list[Counter[str]]:
-        """The exposed parts on each picture."""
+        """The exposed parts on each image."""
         return [parts(self.detector.detect(str(file)), self.threshold) for file in files]

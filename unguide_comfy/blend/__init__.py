@@ -1,0 +1,1 @@
+"""Base and adapted predictions of one denoising step, blended row by row."""

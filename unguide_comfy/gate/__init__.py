@@ -1,0 +1,1 @@
+"""When a gate decides, and what follows."""

@@ -1,0 +1,268 @@
+"""The gate of one sampling run: the one object that decides for every erasure LoRA on the model.
+
+The sampling run itself is the probe: its first steps with the base model are the image's. At one of them the gate has
+the base model's predictions for the prompt and, as a rule, for the neutral prompt at hand. A run that detects nothing
+goes on as it would have without a gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...unguide_core.adapter import LowRank
+from ...unguide_core.probe import AUTOMATIC, Decision
+from ..blend.state import Weight
+from ..lora.load import ErasureLora
+from ..probe.conds import Context, is_everywhere
+from ..probe.decide import decide
+from ..probe.predictions import Predictions
+from ..probe.rollout import schedule
+from ..probe.settings import ALWAYS, AS_PAPER, BEFORE, DURING, RESTART, Settings
+from ..report.progress import show
+from ..report.records import Cost, Verdict
+from .before import predictions_before
+from .concept_delta import ConceptDelta
+from .official import Start, decide_as_paper
+from .steps import is_settled, probing_step, step_of
+
+GATE = "unguide_gate"
+"""Key of the gate in the transformer options."""
+
+
+class Restart(Exception):
+    """Raised through the sampler: the run starts again, now that its weights are known."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One erasure LoRA on a model.
+
+    Args:
+        layers: as matched with the model, by module path.
+        decision: made before (by the Stability Probe node), used instead of a probe.
+        start: what the official probe otherwise draws at random.
+    """
+
+    lora: ErasureLora
+    layers: dict[str, LowRank]
+    settings: Settings
+    decision: Decision | None = None
+    start: Start | None = None
+
+
+class Gate:
+    """Decides for one sampling run.
+
+    Args:
+        branches: the erasure LoRAs on the model, in the order of `context.run`.
+        context: the sampling run; its weights are set here, and nowhere else.
+    """
+
+    def __init__(self, branches: Sequence[Branch], context: Context):
+        self.branches, self.context, self.run = tuple(branches), context, context.run
+        self.delta = ConceptDelta(context)
+        self.decisions: list[tuple[Decision, ...]] = []
+        for index, branch in enumerate(self.branches):
+            always = branch.settings.decide == ALWAYS
+            self.run.weights[index] = branch.settings.weight_detected if always else 1.0
+            self.decisions.append(())
+            if branch.decision is not None:
+                self._take([index], [(branch.decision,)])
+        self._sigmas = torch.zeros(1)
+        self._next: dict[int, int] = {}
+        self._restarted = False
+
+    @property
+    def as_paper(self) -> bool:
+        """Whether the official schedule replaces the run's."""
+        return any(branch.settings.decide == AS_PAPER for branch in self.branches)
+
+    # before sampling
+
+    def decide_before(self, shape: Sequence[int]) -> None:
+        """Decide the branches that do not wait for the image's own steps; those with equal settings share a probe.
+
+        Args:
+            shape: of the latent batch, [B, C, ...].
+        """
+        bypassed = "sampler_calc_cond_batch_function" in self.context.model_options
+        if bypassed:
+            self._leave_conditionals()
+        early = (BEFORE, DURING) if bypassed else (BEFORE,)
+        self._decide_ahead(self._undecided(*early), shape)
+        for indices in self._alike(self._undecided(AS_PAPER)):
+            branch = self.branches[indices[0]]
+            with self.run.evaluations.of("probe"):
+                loras = self._loras(indices)
+                found = decide_as_paper(self.context, branch.settings, shape[1:], loras, branch.start)
+            self._take(indices, found)
+        show(self.verdicts())
+
+    def decide_rest(self, shape: Sequence[int]) -> bool:
+        """Decide after sampling what the run left undecided; return whether the image has to be generated again."""
+        left = self._undecided(DURING)
+        if not left:
+            return False
+        self._leave_conditionals()
+        before = list(map(_plain, self.run.weights))
+        self._decide_ahead(left, shape)
+        return list(map(_plain, self.run.weights)) != before
+
+    def _leave_conditionals(self) -> None:
+        """Erase in the network's forward alone, because the run does not pass through `gated_conditionals`."""
+        self.run.outside = frozenset()
+
+    def _decide_ahead(self, indices: Sequence[int], shape: Sequence[int]) -> None:
+        for alike in self._alike(indices):
+            settings = self.branches[alike[0]].settings
+            with self.run.evaluations.of("probe"):
+                predictions = predictions_before(self.context, settings, shape[1:])
+                self._take(alike, decide(predictions, self._loras(alike), settings))
+
+    # during sampling
+
+    def watch(self, sigmas: torch.Tensor) -> None:
+        """Set the steps of a run through these noise levels at which to probe."""
+        self._sigmas = sigmas
+        for index in self._open():
+            settings = self.branches[index].settings
+            if self.decisions[index]:  # the run started again, and this one was probed before
+                self._next[index] = max(one.step or 0 for one in self.decisions[index]) + settings.recheck_every
+            else:
+                levels = schedule(self.context, settings.probe_schedule_steps)
+                self._next[index] = probing_step(sigmas, levels, settings.probe_steps)
+
+    def observe(self, conds: Sequence[Any], out: Sequence[torch.Tensor], x: torch.Tensor, sigma: torch.Tensor) -> bool:
+        """Decide, sample by sample, where it is time to; return whether a weight has changed.
+
+        Args:
+            conds, out: the run's conditionings and the predictions for them at this latent, x0 [B, C, ...] each.
+            x, sigma: the latent and its noise level.
+        Raises: Restart, where the image has to be generated from its first step again.
+        """
+        step = step_of(self._sigmas, float(sigma.max()))
+        due = [index for index in self._open() if step >= self._next[index]]
+        if not due:
+            return False
+        before, detected = list(map(_plain, self.run.weights)), list(map(_detected, self.decisions))
+        base = not self.run.active()  # `out` is the base model's
+        pairs = zip(conds, out, strict=True)
+        known = {id(entries[0]): x0 for entries, x0 in pairs if base and is_everywhere(entries)}
+        predictions = Predictions(self.context, x, sigma, known)
+        for indices in self._alike(due):
+            settings = self.branches[indices[0]].settings
+            with self.run.evaluations.of("probe"):
+                self._take(indices, decide(predictions, self._loras(indices), settings, step=step, by_sample=True))
+        for index in due:
+            self._next[index] = step + self.branches[index].settings.recheck_every
+        show(self.verdicts())
+        newly = [index for index in due if _detected(self.decisions[index]) > detected[index]]
+        if step > 0 and not self._restarted and any(self._restarts(index, float(sigma.max())) for index in newly):
+            self._restarted = True
+            raise Restart
+        return list(map(_plain, self.run.weights)) != before
+
+    def _restarts(self, index: int, sigma: float) -> bool:
+        """Whether a detection at a noise level starts the image again."""
+        settings = self.branches[index].settings
+        if settings.on_detection != AUTOMATIC:
+            return settings.on_detection == RESTART
+        return is_settled(schedule(self.context, settings.probe_schedule_steps), sigma)
+
+    # the decisions
+
+    def _open(self) -> list[int]:
+        """The branches that decide during sampling and still wait for a decision, or may be probed again."""
+        return [
+            index
+            for index, branch in enumerate(self.branches)
+            if branch.settings.decide == DURING
+            and branch.decision is None
+            and (
+                not self.decisions[index]
+                or (branch.settings.recheck_every and not all(one.detected for one in self.decisions[index]))
+            )
+        ]
+
+    def _undecided(self, *decide: str) -> list[int]:
+        """The branches of some ways to decide that still wait for a decision."""
+        return [i for i, b in enumerate(self.branches) if b.settings.decide in decide and not self.decisions[i]]
+
+    def _alike(self, indices: Sequence[int]) -> list[list[int]]:
+        """The branches by their settings, those with equal ones together."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index in indices:
+            settings = self.branches[index].settings
+            groups.setdefault((replace(settings, neutral=None), id(settings.neutral)), []).append(index)
+        return list(groups.values())
+
+    def _loras(self, indices: Sequence[int]) -> list[tuple[int, ErasureLora]]:
+        return [(index, self.branches[index].lora) for index in indices]
+
+    def _take(self, indices: Sequence[int], decided: Sequence[tuple[Decision, ...]]) -> None:
+        """Take decisions over; a sample that was detected before stays detected."""
+        for index, new in zip(indices, decided, strict=True):
+            old = self.decisions[index] or new
+            kept = tuple(a if a.detected else b for a, b in zip(old, new, strict=True))
+            self.decisions[index] = kept
+            self.run.weights[index] = _as_weight([decision.weight for decision in kept])
+
+    # what the user sees
+
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """Return what was decided so far."""
+        return tuple(
+            Verdict(branch.lora, branch.settings.decide, decisions, _numbers(weight))
+            for branch, decisions, weight in zip(self.branches, self.decisions, self.run.weights, strict=True)
+        )
+
+    def cost(self, samples: int, seconds: float) -> Cost:
+        """Return what was spent so far, per latent of a batch."""
+        evaluations = self.run.evaluations
+        spent = {kind: rows / samples for kind, rows in evaluations.spent.items()}
+        return Cost(spent, evaluations.plain / samples, seconds)
+
+
+def gated_conditionals(
+    executor: Callable[..., list[torch.Tensor]],
+    model: Any,
+    conds: Sequence[Any],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    model_options: dict[str, Any],
+) -> list[torch.Tensor]:
+    """Return the predictions for all conditionings; the host's signature of a `CALC_COND_BATCH` wrapper.
+
+    What the gate detects is erased from this very prediction on, which is then computed again.
+    """
+    out = executor(model, conds, x, sigma, model_options)
+    options = model_options.get("transformer_options", {})
+    gate: Gate | None = options.get(GATE)
+    if gate is None or gate.run.predicting is not None or model is not gate.context.model:
+        return out
+    if gate.observe(conds, out, x, sigma) and gate.run.active():
+        with gate.run.evaluations.of(None):
+            out = executor(model, conds, x, sigma, model_options)
+    return gate.delta.added(conds, out, x, sigma)
+
+
+def _detected(decisions: Sequence[Decision]) -> int:
+    return sum(decision.detected for decision in decisions)
+
+
+def _as_weight(weights: Sequence[float]) -> Weight:
+    """One number where all samples agree, else one per sample, [B]."""
+    return weights[0] if len(set(weights)) == 1 else torch.tensor(weights)
+
+
+def _numbers(weight: Weight) -> tuple[float, ...]:
+    return tuple(weight.tolist()) if isinstance(weight, torch.Tensor) else (weight,)
+
+
+def _plain(weight: Weight) -> Any:
+    """A weight as numbers, to compare."""
+    return torch.as_tensor(weight).tolist()

@@ -1,0 +1,55 @@
+"""At which step of a schedule a gate probes, and from which noise level on erasing is too late; functions of sigmas."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from math import log
+
+import torch
+
+SETTLED = 0.14
+"""Progress after which the base model has settled the image's silhouette: erasing later leaves it, see docs/gate.md."""
+
+
+def step_of(sigmas: torch.Tensor, sigma: float) -> int:
+    """Return the step, from 0, that a prediction at a noise level belongs to, in a falling or rising schedule."""
+    levels = sigmas.tolist()
+    falling = levels[0] >= levels[-1]
+    passed = [level >= sigma * (1 - 1e-4) if falling else level <= sigma * (1 + 1e-4) for level in levels]
+    return max(0, sum(passed) - 1)
+
+
+def progress(schedule: torch.Tensor, sigma: float) -> float:
+    """Return how far a noise level is in denoising: after which share of a schedule's steps it is reached.
+
+    Args:
+        schedule: falling noise levels, the last one 0, [steps + 1]; between two of them log sigma is interpolated.
+    """
+    levels = [-log(level) for level in schedule.tolist()[:-1]]
+    if sigma <= 0.0:
+        return 1.0
+    place = bisect_right(levels, -log(sigma))
+    if place in (0, len(levels)):
+        return max(0, place - 1) / len(levels)
+    low, high = levels[place - 1], levels[place]
+    return (place - 1 + (-log(sigma) - low) / (high - low)) / len(levels)
+
+
+def probing_step(sigmas: torch.Tensor, schedule: torch.Tensor, probe_steps: int) -> int:
+    """Return the step at which to probe: the one nearest to the probe's noise level before the silhouette is settled.
+
+    There is one in every schedule; where few steps lead past that level at once, it is the first.
+
+    Args:
+        sigmas: the run's noise levels, [steps + 1].
+        schedule: the probe's own, whose level after `probe_steps` steps is the probe's noise level.
+    """
+    wanted = probe_steps / (len(schedule) - 1)
+    at = [progress(schedule, sigma) for sigma in sigmas.tolist()[:-1]] or [0.0]
+    early = [step for step, reached in enumerate(at) if reached <= max(wanted + 1e-3, SETTLED)]
+    return min(early, key=lambda step: abs(at[step] - wanted), default=0)
+
+
+def is_settled(schedule: torch.Tensor, sigma: float) -> bool:
+    """Return whether the base model has settled the image's silhouette by this noise level."""
+    return progress(schedule, sigma) > SETTLED

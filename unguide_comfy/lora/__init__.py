@@ -1,0 +1,1 @@
+"""Erasure LoRAs: a file becomes low-rank layers on a model's modules, and back."""

@@ -1,0 +1,189 @@
+"""Calibrates an erasure LoRA for a model: how its scores spread over prompts with its concept and over others.
+
+The base model denoises every prompt from several noises and is probed on the way, at the noise levels at which a gate
+may probe. What follows from the scores is in `unguide_core.probe.calibration`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import torch
+
+from ...unguide_core.probe.calibration import (
+    PROBED_STEPS,
+    STEPS,
+    Calibration,
+    CalibrationPrompts,
+    calibrated_levels,
+)
+from ...unguide_core.training.prompts import names_a_word
+from ..blend.state import RUN, Run
+from ..blend.wrapper import blending, carrying
+from ..lora.load import Conditioning, ErasureLora, encoder
+from ..lora.match import match
+from ..model.key import model_key
+from ..model.task import run_on_model
+from .conds import Context
+from .predictions import Predictions
+from .rollout import noise_at, rollout, schedule
+
+IN_SCENES = ("{} in a forest", "{} on a street", "{} on a table")
+"""Scenes in which the concept has to be detected as well."""
+
+
+def concept_prompts(concept: str, own_prompt: str, synonyms: Sequence[str]) -> list[str]:
+    """Return the concept's own prompt with each of its synonyms, and in scenes."""
+    words = [own_prompt.replace(concept, word) if concept in own_prompt else word for word in synonyms]
+    return [*words, *(scene.format(own_prompt) for scene in IN_SCENES)]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How a calibration is measured.
+
+    Args:
+        cfg: guidance scale of the rollouts.
+        repeats: noise seeds for each prompt.
+        own_repeats: noise seeds for the concept's own prompt, whose mean is the baseline.
+        seed: of the first noise.
+    """
+
+    cfg: float
+    repeats: int = 4
+    own_repeats: int = 16
+    seed: int = 0
+
+
+def calibrate(
+    model: Any,
+    loras: Sequence[ErasureLora],
+    prompts: Sequence[CalibrationPrompts[Conditioning]],
+    negative: Conditioning,
+    latent: torch.Tensor,
+    settings: CalibrationSettings,
+) -> list[Calibration]:
+    """Return each erasure LoRA's calibration for this model.
+
+    Args:
+        model: a `ModelPatcher`, with the patches that it will be sampled with.
+        prompts: one set per erasure LoRA.
+        negative: the negative prompt of the rollouts.
+        latent: whose shape is used, [B, C, ...].
+    Raises: ValueError if an erasure LoRA has no concept's or neutral prompt encoded, or there are no other prompts.
+    """
+    for lora in loras:
+        if lora.concept is None or lora.neutral is None:
+            raise ValueError(
+                f"erasure LoRA {lora.name!r} has no encoded concept to calibrate with; connect a CLIP to Load Erasure "
+                "LoRA and name the concept there"
+            )
+    base = blending(model)
+    key = model_key(base)
+    run = Run(tuple(loras), tuple(match(lora.adapter, base.model, lora.name).layers for lora in loras))
+    guider = comfy.samplers.CFGGuider(base)
+    guider.set_conds(loras[0].neutral, negative)
+    guider.set_cfg(settings.cfg)
+    bar = comfy.utils.ProgressBar(1)
+
+    def shown(done: int, total: int) -> None:
+        bar.update_absolute(done, total)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def calibrated(guider: Any, extra_args: dict[str, Any], shape: torch.Size) -> list[Calibration]:
+        context = Context(guider, run, carrying(extra_args, **{RUN: run})["model_options"], key)
+        levels = calibrated_levels(
+            prompts,
+            _Prober(context, tuple(shape), settings.seed),
+            repeats=settings.repeats,
+            own_repeats=settings.own_repeats,
+            on_prompt=shown,
+        )
+        return [
+            Calibration(key, lora.adapter.signature, tuple(shape), settings.cfg, settings.own_repeats, found)
+            for lora, found in zip(loras, levels, strict=True)
+        ]
+
+    return run_on_model(guider, latent, settings.seed, calibrated)
+
+
+def calibrate_from_texts(
+    model: Any,
+    clip: Any,
+    loras: Sequence[ErasureLora],
+    concept_texts: Sequence[str],
+    other_texts: Sequence[str],
+    latent: torch.Tensor,
+    settings: CalibrationSettings,
+) -> list[ErasureLora]:
+    """Return the erasure LoRAs calibrated for this model, with prompts as text.
+
+    Args:
+        concept_texts: prompts with the concept; none for those that follow from each adapter's metadata.
+        other_texts: prompts without it, besides the empty one. Those that name an adapter's concept or a synonym
+            are left out.
+    Raises: as `calibrate`.
+    """
+    encode = encoder(clip)
+    others = {text: encode(text) for text in ("", *other_texts)}
+    prompts = []
+    for lora in loras:
+        card = lora.adapter.card
+        words = [word for word in (card.concept, *card.synonyms) if word]
+        own = concept_texts or concept_prompts(card.concept, lora.concept_prompt, card.synonyms)
+        unrelated = [encoded for text, encoded in others.items() if not names_a_word(text, words)]
+        prompts.append(CalibrationPrompts(lora.concept, [encode(text) for text in own], unrelated, lora.name))
+    found = calibrate(model, loras, prompts, others[""], latent, settings)
+    return [with_calibration(lora, calibration) for lora, calibration in zip(loras, found, strict=True)]
+
+
+def with_calibration(lora: ErasureLora, calibration: Calibration) -> ErasureLora:
+    """Return the erasure LoRA with a calibration in its metadata; nothing else changes."""
+    card = replace(lora.adapter.card, calibration=calibration.to_card())
+    return replace(lora, adapter=replace(lora.adapter, card=card))
+
+
+@dataclass(frozen=True)
+class _Prober:
+    """Denoises a prompt and takes the statistics of some erasure LoRAs on the way."""
+
+    context: Context
+    shape: tuple[int, ...]
+    seed: int
+
+    def __call__(
+        self, prompt: Conditioning, repeats: int, adapters: Sequence[int]
+    ) -> Iterator[tuple[float, Mapping[int, Mapping[str, torch.Tensor]]]]:
+        context, sigmas = self.context, schedule(self.context, STEPS)
+        one = torch.zeros(1, *self.shape, device=context.device)
+        entries = context.retargeted(context.prompt[0], prompt, one, self.seed)
+        latent, start = noise_at(context, float(sigmas[0]), (repeats, *self.shape), self.seed), 0
+        for step in PROBED_STEPS:
+            latent = rollout(context, latent, sigmas[start : step + 1], entries, self.seed)
+            start = step
+            sigma = float(sigmas[step])
+            yield sigma, self._statistics(Predictions(context, latent, sigma), entries[0], adapters)
+
+    def _statistics(
+        self, predictions: Predictions, entry: dict[str, Any], adapters: Sequence[int]
+    ) -> dict[int, dict[str, torch.Tensor]]:
+        subject, wanted, references = predictions.prompt(entry), [], {}
+        for index in adapters:
+            lora = self.context.run.loras[index]
+            assert lora.concept is not None
+            assert lora.neutral is not None
+            references[index] = lora.concept, lora.neutral
+            wanted += [*predictions.aligned(entry, *references[index]), (subject, None), (subject, index)]
+        predictions.fetch(wanted)
+        return {
+            index: {
+                "influence": predictions.influence(subject, index),
+                "alignment": predictions.alignment(entry, *references[index]),
+            }
+            for index in adapters
+        }

@@ -1,0 +1,34 @@
+"""The stability probe: is the erased concept in this prompt?
+
+statistics.py    what the predictions say: influence, alignment, the paper's statistic
+decision.py      the decision that follows
+calibration.py   the thresholds of one adapter, measured
+"""
+
+from .decision import Decision, decide, decide_by
+from .statistics import (
+    AUTOMATIC,
+    STATISTICS,
+    Statistic,
+    alignment,
+    alignment_statistic,
+    influence,
+    influence_map,
+    influence_statistic,
+    paper_statistic,
+)
+
+__all__ = [
+    "AUTOMATIC",
+    "STATISTICS",
+    "Decision",
+    "Statistic",
+    "alignment",
+    "alignment_statistic",
+    "decide",
+    "decide_by",
+    "influence",
+    "influence_map",
+    "influence_statistic",
+    "paper_statistic",
+]

@@ -1,0 +1,335 @@
+"""Calibration: how the scores of an erasure adapter spread over prompts and seeds, and the thresholds that follow.
+
+At several noise levels it holds the adapter's influence on its concept's own prompt (the baseline for the influence on
+other prompts) and the spread of the scores of prompts with and without the concept. It is stored in the adapter's card.
+Does not know how a model predicts: `calibrated_levels` is given a function that probes one.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from statistics import NormalDist
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+VERSION = 3
+
+STEPS, PROBED_STEPS = 20, (0, 1, 2, 4, 6)
+"""The number of steps of the schedule that prompts are denoised on, and the steps before which they are probed."""
+
+CALIBRATED = ("influence", "alignment")
+"""The statistics that are calibrated."""
+
+MINIMUM_OTHERS = 8
+"""The least number of prompts without the concept for a training to calibrate: with fewer, false-positive rates mean
+nothing."""
+
+TAIL_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+"""False-positive and false-negative rates whose thresholds are stored; those in between are interpolated."""
+
+SIGMA_MARGIN = 1.05
+"""Up to this factor outside the calibrated noise levels, the nearest one's values are used."""
+
+UNCALIBRATED = {"influence": 0.68, "alignment": 0.5}
+"""Thresholds for adapters without a calibration; measured, see docs/gate.md."""
+
+P = TypeVar("P")
+
+Probe = Callable[[P, int, Sequence[int]], Iterator[tuple[float, Mapping[int, Mapping[str, Tensor]]]]]
+"""probe(prompt, repeats, adapters) denoises a prompt with the base model from `repeats` noise seeds. Before each of
+`PROBED_STEPS` it yields the noise level and the values of the `CALIBRATED` statistics, [repeats], by statistic, by
+adapter (an index)."""
+
+
+@dataclass(frozen=True)
+class CalibrationPrompts(Generic[P]):
+    """The prompts that one adapter is calibrated with, in the type that the probe takes.
+
+    own: the concept's own prompt, which gives the baseline.
+    concept: other prompts with the concept.
+    others: prompts without it.
+    name: of the adapter, for error messages.
+    """
+
+    own: P
+    concept: Sequence[P]
+    others: Sequence[P]
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The distribution of the scores of a group of prompts, over prompts and noise seeds.
+
+    tail: quantiles of the scores, one for each of `TAIL_RATES`: the fraction of the scores that is above (prompts
+        without the concept) or below (prompts with it).
+    """
+
+    mean: float
+    std: float
+    count: int
+    tail: tuple[float, ...]
+
+    @staticmethod
+    def of(scores: Sequence[float], *, upper: bool) -> "Spread":
+        """Return the spread of some scores, with the upper tail (prompts without the concept) or the lower one.
+
+        Raises: ValueError for fewer than two scores, or one that is not finite.
+        """
+        values = torch.tensor(list(scores), dtype=torch.float64)
+        if len(values) < 2 or not bool(values.isfinite().all()):
+            raise ValueError(f"cannot calibrate with the scores {list(scores)}; expected two or more finite numbers")
+        rates = torch.tensor([1.0 - rate if upper else rate for rate in TAIL_RATES], dtype=torch.float64)
+        tail = tuple(round(float(value), 4) for value in values.quantile(rates))
+        return Spread(round(float(values.mean()), 4), round(float(values.std()), 4), len(values), tail)
+
+    def beyond(self, rate: float) -> float:
+        """Return the score that a fraction of the scores lies beyond, interpolated in the logarithm of the fraction."""
+        return _interpolated([math.log(r) for r in TAIL_RATES], self.tail, math.log(rate))
+
+    def share_below(self, score: float) -> float:
+        """Return the fraction of the scores that lies below one, for a lower tail.
+
+        The inverse of `beyond`; above the last of `TAIL_RATES` it is a normal distribution's.
+        """
+        if score <= self.tail[-1]:
+            return math.exp(_interpolated(self.tail, [math.log(r) for r in TAIL_RATES], score))
+        return max(TAIL_RATES[-1], NormalDist(self.mean, self.std).cdf(score) if self.std else 1.0)
+
+    def mixed(self, other: "Spread", part: float) -> "Spread":
+        """Return the spread at a fraction of the way to another one."""
+        tail = tuple(_mixed(a, b, part) for a, b in zip(self.tail, other.tail, strict=True))
+        mean, std = _mixed(self.mean, other.mean, part), _mixed(self.std, other.std, part)
+        return Spread(mean, std, min(self.count, other.count), tail)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One statistic at one noise level.
+
+    baseline: mean over noise seeds of the statistic for the concept's own prompt; scores are relative to it. 1 for
+        alignment, which is relative already.
+    baseline_std: the standard deviation over noise seeds.
+    concept: scores of prompts with the concept (its name, synonyms, in scenes).
+    others: scores of prompts without it.
+    """
+
+    sigma: float
+    baseline: float
+    baseline_std: float
+    concept: Spread
+    others: Spread
+
+    @staticmethod
+    def of(
+        statistic: str, sigma: float, own: Sequence[float], concept: Sequence[float], others: Sequence[float]
+    ) -> "Level":
+        """Return the level that follows from values of a statistic.
+
+        Args:
+            own, concept, others: for the concept's own prompt, other prompts with it, and prompts without it.
+        Raises: ValueError if the adapter has no influence on its concept, or there are too few values.
+        """
+        baseline = 1.0 if statistic == "alignment" else sum(own) / len(own)
+        if baseline <= 0.0:
+            raise ValueError(
+                "the adapter has no influence on its own concept, so there is nothing to calibrate; use one that was "
+                "trained for this model"
+            )
+        return Level(
+            round(sigma, 5),
+            round(baseline, 6),
+            round(float(torch.tensor(own).std()), 6),
+            Spread.of([value / baseline for value in (*own, *concept)], upper=False),
+            Spread.of([value / baseline for value in others], upper=True),
+        )
+
+    def threshold(self, false_positive_rate: float) -> float:
+        """Return the score from which on the concept is detected.
+
+        It is exceeded by this fraction of the prompts without the concept. If the fraction of the prompts with the
+        concept below it is smaller than that, the threshold is raised to the geometric mean of the two bounds, so that
+        both error rates stay below the one asked for.
+        """
+        low = max(self.others.beyond(false_positive_rate), 1e-3)
+        high = self.concept.beyond(false_positive_rate)
+        return math.sqrt(low * high) if high > low else low
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration of one adapter on one model.
+
+    model, adapter: keys of what was measured; it does not hold for others. `adapter` is `Adapter.signature`.
+    latent: shape of one sample.
+    cfg: guidance scale of the trajectories, None if there was no guidance.
+    repeats: noise seeds of the baselines.
+    levels: by statistic, by falling noise level.
+    """
+
+    model: str
+    adapter: str
+    latent: tuple[int, ...]
+    cfg: float | None
+    repeats: int
+    levels: Mapping[str, tuple[Level, ...]]
+
+    def at(self, statistic: str, sigma: float) -> Level | None:
+        """Return a statistic's values at a noise level, interpolated in its logarithm.
+
+        Outside the calibrated range the nearest level's, and None beyond `SIGMA_MARGIN`.
+        """
+        levels = self.levels.get(statistic, ())
+        if not levels or not levels[-1].sigma / SIGMA_MARGIN <= sigma <= levels[0].sigma * SIGMA_MARGIN:
+            return None
+        for high, low in pairwise(levels):
+            if low.sigma <= sigma <= high.sigma:
+                part = math.log(sigma / low.sigma) / math.log(high.sigma / low.sigma)
+                return Level(
+                    sigma,
+                    _mixed(low.baseline, high.baseline, part),
+                    _mixed(low.baseline_std, high.baseline_std, part),
+                    low.concept.mixed(high.concept, part),
+                    low.others.mixed(high.others, part),
+                )
+        return replace(levels[0 if sigma > levels[0].sigma else -1], sigma=sigma)
+
+    def to_card(self) -> dict[str, Any]:
+        """Return what is stored in the card, as plain JSON values."""
+        return {"version": VERSION, **asdict(self)}
+
+    @staticmethod
+    def from_card(content: Mapping[str, Any]) -> "Calibration | None":
+        """Return the calibration that is stored in a card; None if there is none, or it has another version.
+
+        Raises: ValueError if it is damaged.
+        """
+        if content.get("version") != VERSION:
+            return None
+        try:
+            levels = {name: tuple(map(_level, found)) for name, found in content["levels"].items()}
+            cfg = content["cfg"]
+            return Calibration(
+                str(content["model"]),
+                str(content["adapter"]),
+                tuple(int(side) for side in content["latent"]),
+                None if cfg is None else float(cfg),
+                int(content["repeats"]),
+                levels,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the card's calibration is damaged ({error!r}); calibrate the adapter anew") from error
+
+
+def tells_apart(influence: Level, alignment: Level | None, false_positive_rate: float) -> bool:
+    """Return whether influence should decide at this noise level, rather than alignment.
+
+    It should if it misses at most as many prompts with the concept as false positives are accepted, or fewer than
+    alignment misses at its default threshold.
+
+    Args:
+        influence, alignment: at one noise level; None if alignment was not calibrated there.
+    """
+    missed = influence.concept.share_below(influence.threshold(false_positive_rate))
+    if missed <= false_positive_rate:
+        return True
+    return alignment is not None and missed < alignment.concept.share_below(UNCALIBRATED["alignment"])
+
+
+def calibrated_levels(
+    prompts: Sequence[CalibrationPrompts[P]],
+    probe: Probe[P],
+    *,
+    repeats: int,
+    own_repeats: int,
+    minimum_others: int = 1,
+    on_prompt: Callable[[int, int], None] | None = None,
+) -> list[dict[str, tuple[Level, ...]]]:
+    """Return each adapter's levels, by statistic, by falling noise level.
+
+    Adapters may share prompts: each is denoised once.
+
+    Args:
+        prompts: of each adapter.
+        probe: see `Probe`.
+        repeats: noise seeds per prompt.
+        own_repeats: noise seeds of the concepts' own prompts.
+        minimum_others: the least number of prompts without the concept.
+        on_prompt: called with the number of prompts done and their total, after each; may raise to stop.
+    Raises: ValueError for too few prompts or repeats, or an adapter without influence on its concept.
+    """
+    if repeats < 1 or own_repeats < 2:
+        raise ValueError(
+            f"calibration got {repeats} repeats per prompt and {own_repeats} of the concept's own; expected at least "
+            "1 and 2"
+        )
+    asked = _asked(prompts, minimum_others)
+    values: defaultdict[tuple[int, str, int, int], list[float]] = defaultdict(list)
+    sigmas: dict[int, float] = {}
+    for done, (prompt, groups) in enumerate(asked.values(), start=1):
+        count = {index: repeats if group else own_repeats for index, group in groups.items()}
+        for place, (sigma, measured) in enumerate(probe(prompt, max(count.values()), tuple(groups))):
+            sigmas[place] = sigma
+            for index, group in groups.items():
+                for statistic in CALIBRATED:
+                    values[index, statistic, place, group] += measured[index][statistic][: count[index]].tolist()
+        if on_prompt is not None:
+            on_prompt(done, len(asked))
+
+    def level(index: int, statistic: str, place: int) -> Level:
+        try:
+            return Level.of(statistic, sigmas[place], *(values[index, statistic, place, group] for group in range(3)))
+        except ValueError as error:
+            name = prompts[index].name
+            raise ValueError(f"adapter {name!r}: {error}" if name else str(error)) from error
+
+    return [
+        {statistic: tuple(level(index, statistic, place) for place in sigmas) for statistic in CALIBRATED}
+        for index in range(len(prompts))
+    ]
+
+
+def _asked(prompts: Sequence[CalibrationPrompts[P]], minimum_others: int) -> dict[Hashable, tuple[P, dict[int, int]]]:
+    """Each prompt once, with its group (0 own, 1 concept, 2 others) for each adapter that asks for it."""
+    asked: dict[Hashable, tuple[P, dict[int, int]]] = {}
+    for index, of_adapter in enumerate(prompts):
+        if len(of_adapter.others) < minimum_others:
+            raise ValueError(
+                f"calibration got {len(of_adapter.others)} prompts without the concept; expected at least "
+                f"{minimum_others}"
+            )
+        for group, members in enumerate(((of_adapter.own,), of_adapter.concept, of_adapter.others)):
+            for prompt in members:
+                key = prompt if isinstance(prompt, Hashable) else id(prompt)  # an encoded prompt is a list
+                asked.setdefault(key, (prompt, {}))[1].setdefault(index, group)
+    return asked
+
+
+def _level(content: Mapping[str, Any]) -> Level:
+    sigma, baseline, std = (float(content[name]) for name in ("sigma", "baseline", "baseline_std"))
+    return Level(sigma, baseline, std, _spread(content["concept"]), _spread(content["others"]))
+
+
+def _spread(content: Mapping[str, Any]) -> Spread:
+    tail = tuple(float(value) for value in content["tail"])
+    if len(tail) != len(TAIL_RATES):
+        raise ValueError(f"a tail has {len(tail)} values; expected {len(TAIL_RATES)}")
+    return Spread(float(content["mean"]), float(content["std"]), int(content["count"]), tail)
+
+
+def _mixed(low: float, high: float, part: float) -> float:
+    return low + part * (high - low)
+
+
+def _interpolated(at: Sequence[float], values: Sequence[float], where: float) -> float:
+    """Linear interpolation between known values, clamped to the first and the last; `at` rises."""
+    if where <= at[0]:
+        return values[0]
+    for (low, below), (high, above) in pairwise(zip(at, values, strict=True)):
+        if where <= high:
+            return _mixed(below, above, (where - low) / (high - low))
+    return values[-1]
