@@ -2,7 +2,7 @@
 
     python -m demo.ablation --tokenizer ComfyUI/comfy/sd1_tokenizer [--variant selective official] [--seeds 0 1 2]
 
-Trains every variant on every concept anew (nothing is kept of the adapters), generates and judges images as
+Trains every variant on every concept (nothing is kept of the adapters), generates and judges images as
 `demo.evaluate` does, and prints two tables: the LoRA alone, and behind its gate (demo.gate). Percent of images that
 show the class that was asked for: the erased one (Acc_e), by its synonyms (Acc_g), in scenes; the nine other classes
 (Acc_s; the six of them that `three classes kept` never sees; the worst of all). In brackets the range over seeds, where

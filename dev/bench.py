@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dev.pack import lora_patches, pack_module, start_host
+from dev.pack import counted, lora_patches, pack_module, start_host
 
 CHECKPOINT, CFG, SEED = "unguide-demo.safetensors", 4.0, 7
 STEPS, PROBE_STEPS = 30, 6
@@ -40,11 +40,6 @@ class Meter:
     evaluations: int = 0
     seconds: float = 0.0
     memory: int = 0
-
-    def count(self, executor: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-        """A `DIFFUSION_MODEL` wrapper of the host."""
-        self.evaluations += x.shape[0]
-        return executor(x, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -92,8 +87,8 @@ def watched_memory(meter: Meter) -> Iterator[None]:
         thread.join()
 
 
-Sample = Callable[[Meter, int, int], Any]
-"""Samples with a meter, at a latent's side and batch size; returns the latent."""
+Sample = Callable[[int, int], Any]
+"""Samples at a latent's side and batch size; returns the latent."""
 
 Case = tuple[str, Sample]
 """The prompt, which the plain run generates as well, and what is measured."""
@@ -125,13 +120,6 @@ class Bench:
             self.encoded[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
         return self.encoded[prompt]
 
-    def counted(self, model: Any, meter: Meter) -> Any:
-        from comfy.patcher_extension import WrappersMP
-
-        clone = model.clone()
-        clone.add_wrapper(WrappersMP.DIFFUSION_MODEL, meter.count)
-        return clone
-
     def sample(self, model: Any, prompt: str, side: int, batch: int) -> Any:
         import torch
 
@@ -141,7 +129,7 @@ class Bench:
         )
         return out["samples"]
 
-    def guided(self, model: Any, ten: bool = False, weight: float = 0.0, **chosen: Any) -> Any:
+    def guided(self, ten: bool = False, weight: float = 0.0, **chosen: Any) -> Any:
         shared = {"on_detection": "continue", "low_memory": True}
         settings = pack_module("unguide_comfy.probe.settings").Settings(
             probe_steps=self.probe_steps,
@@ -149,7 +137,7 @@ class Bench:
             weight_detected=weight,
             **{**shared, **chosen},
         )
-        return pack_module("unguide_comfy.gate.attach").guided(model, self.loras if ten else [self.cat], settings)
+        return pack_module("unguide_comfy.gate.attach").guided(self.model, self.loras if ten else [self.cat], settings)
 
     def merged(self, model: Any) -> Any:
         import comfy.sd
@@ -168,12 +156,12 @@ class Bench:
         sampler = comfy.samplers.sampler_object("euler")
         return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=SEED)
 
-    def clones(self, meter: Meter, side: int, batch: int) -> Any:
+    def clones(self, side: int, batch: int) -> Any:
         """Two clones of the model that take turns in every step, the adapter merged into one by the host."""
         import comfy.model_management
         import comfy.samplers
 
-        other = self.counted(self.merged(self.model), meter)
+        other = self.merged(self.model)
 
         class TakingTurns(comfy.samplers.CFGGuider):
             def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None) -> Any:
@@ -184,12 +172,12 @@ class Bench:
                 comfy.model_management.load_models_gpu([mine])
                 return BOTH * base + (1.0 - BOTH) * adapted
 
-        guider = TakingTurns(self.counted(self.model, meter))
+        guider = TakingTurns(self.model)
         guider.set_conds(self.encode(CONCEPT), self.encode(""))
         guider.set_cfg(CFG)
         return self.with_guider(guider, side, batch)
 
-    def hooks(self, meter: Meter, side: int, batch: int) -> Any:
+    def hooks(self, side: int, batch: int) -> Any:
         """The adapter as a LoRA hook on a second pair of conditionings."""
         import comfy.hooks
         import comfy.samplers
@@ -208,7 +196,7 @@ class Bench:
             f"adapted_{name}": comfy.hooks.set_hooks_for_conditioning(self.encode(prompt), hook)
             for name, prompt in (("positive", CONCEPT), ("negative", ""))
         }
-        guider = Hooked(self.counted(self.model, meter))
+        guider = Hooked(self.model)
         guider.inner_set_conds({"positive": self.encode(CONCEPT), "negative": self.encode(""), **hooked})
         guider.set_cfg(CFG)
         return self.with_guider(guider, side, batch)
@@ -217,8 +205,8 @@ class Bench:
         """Return what is measured, by name."""
 
         def gated(prompt: str, **options: Any) -> Case:
-            def sample(meter: Meter, side: int, batch: int) -> Any:
-                return self.sample(self.guided(self.counted(self.model, meter), **options), prompt, side, batch)
+            def sample(side: int, batch: int) -> Any:
+                return self.sample(self.guided(**options), prompt, side, batch)
 
             return prompt, sample
 
@@ -245,13 +233,14 @@ def measured(bench: Bench, prompt: str, sample: Sample, side: int, batch: int, t
     for number in range(times + (times > 1)):
         for runs, case in ((plain_runs, None), (case_runs, sample)):
             meter = Meter()
-            with watched_memory(meter):
+            with watched_memory(meter), counted(bench.model) as evaluations:
                 started = time.perf_counter()
                 if case is None:
-                    expected = bench.sample(bench.counted(bench.model, meter), prompt, side, batch)
+                    expected = bench.sample(bench.model, prompt, side, batch)
                 else:
-                    latent = case(meter, side, batch)
+                    latent = case(side, batch)
                 meter.seconds = time.perf_counter() - started
+            meter.evaluations = evaluations.count
             if number or times == 1:
                 runs.append(meter)
         bits = differing_bits(expected, latent)

@@ -1,6 +1,6 @@
 """A workflow file as a person opens it (UI format), turned into what the server runs (API format).
 
-The page does the same when a person presses Run. It knows no file and no server: the node types come in as the
+The page does the same when a person presses Run. It does not know files and servers: the node types come in as the
 server's /object_info.
 """
 

@@ -1,6 +1,6 @@
 """The HTTP API of a running ComfyUI, with the standard library alone.
 
-It knows no process and no file of the server.
+It does not know the server's process or files.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 Graph = dict[str, dict[str, Any]]
 """A workflow in ComfyUI's API format: node id -> {"class_type": ..., "inputs": ...}."""
 
-LOOK_AFTER = 5.0
-"""Seconds between two looks at the queue for a prompt that is not finished."""
+CHECK_QUEUE_AFTER = 5.0
+"""Seconds between two checks of the queue for a prompt that is not finished."""
 
 
 class ApiError(Exception):
@@ -27,7 +27,7 @@ class ApiError(Exception):
 
 
 class NoAnswerError(ApiError):
-    """The server does not answer, or has forgotten what it was asked: it is gone, or was started anew."""
+    """The server does not answer, or has forgotten what it was asked: it is gone, or was restarted."""
 
 
 class PromptRejectedError(ApiError):
@@ -118,14 +118,14 @@ class Api:
             know the prompt any more, ApiError at the timeout.
         """
         deadline = time.monotonic() + timeout
-        look = time.monotonic() + LOOK_AFTER
+        check = time.monotonic() + CHECK_QUEUE_AFTER
         while time.monotonic() < deadline:
             waiting = True
-            if time.monotonic() > look:
-                waiting, look = self._is_queued(prompt_id), time.monotonic() + LOOK_AFTER
+            if time.monotonic() > check:
+                waiting, check = self._is_queued(prompt_id), time.monotonic() + CHECK_QUEUE_AFTER
             entry = self.get(f"/history/{prompt_id}").get(prompt_id)
             if entry is None and not waiting:
-                raise NoAnswerError(f"ComfyUI at {self.url} has forgotten the workflow: it was started anew")
+                raise NoAnswerError(f"ComfyUI at {self.url} has forgotten the workflow: it was restarted")
             if entry and entry.get("status", {}).get("completed"):
                 return dict(entry)
             if entry and entry.get("status", {}).get("status_str") == "error":

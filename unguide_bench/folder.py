@@ -4,7 +4,7 @@
     drawn.jsonl      a line for each image, written after its file
     pictures/        <method>/<prompt>_<digest>_<seed>.png
 
-A run that was interrupted resumes from here. It knows no server and no judge.
+A run that was interrupted resumes from here. It does not know servers and judges.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Folder:
         path = self.path / SETTINGS
         if not path.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise BenchError(f"{self.path} is there and is no folder of a run; choose another with --out")
+                raise BenchError(f"{self.path} exists and is not the folder of a run; choose another with --out")
             return {}
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -118,10 +118,10 @@ class Folder:
             raise BenchError(f"{path} cannot be read ({error}); choose another folder with --out") from error
 
     def _read_records(self) -> list[Record]:
-        """The images that have both file and line. The last line may be half of one, where a run was cut off."""
+        """The images that have both file and line. The last line may be half of one, if a run was interrupted."""
         path = self.path / RECORDS
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        found = []
+        records = []
         for number, line in enumerate(lines, start=1):
             try:
                 one = Record(**json.loads(line)) if line else None
@@ -131,8 +131,8 @@ class Folder:
                 _write(path, "".join(f"{whole}\n" for whole in lines[:-1]).encode())
                 continue
             if one is not None and (self.path / one.file).is_file():
-                found.append(one)
-        return found
+                records.append(one)
+        return records
 
 
 def slug(text: str) -> str:
@@ -146,7 +146,7 @@ def _name(job: Job) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file in one step, so that a run that is cut off leaves no half one."""
+    """Write a file in one step, so that an interrupted run does not leave half of it."""
     temporary = path.with_name(f"{path.name}.part")
     temporary.write_bytes(content)
     os.replace(temporary, path)

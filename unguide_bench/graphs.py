@@ -1,6 +1,6 @@
 """The workflows, in ComfyUI's API format, that generate one image with each method.
 
-It knows no server; what a node's inputs default to comes in as the server's /object_info.
+It does not know the server; the defaults of a node's inputs come from the server's /object_info.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The judges that are asked for, and what they say of image files. It knows no run and no scores."""
+"""The judges that are asked for, and what they say of image files. It does not know runs and scores."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
 """Generates and judges images of the demo model with ComfyUI's own samplers, many seeds of a prompt at a time.
 
-It knows no method of erasure and no score.
+It does not know methods of erasure and scores.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 from dev.narrow_host import load_narrow_model, narrow_lora
-from dev.pack import lora_patches, pack_module, start_host
+from dev.pack import counted, lora_patches, pack_module, start_host
 
 CHECKPOINT = "unguide-demo.safetensors"
 CFG, STEPS, SAMPLER, SCHEDULER = 4.0, 10, "euler", "normal"
@@ -126,33 +126,25 @@ class Studio:
         """
         import comfy.sample
         import torch
-        from comfy.patcher_extension import WrappersMP
 
-        counted, rows = model.clone(), 0
-
-        def count(executor: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal rows
-            rows += x.shape[0]
-            return executor(x, *args, **kwargs)
-
-        counted.add_wrapper(WrappersMP.DIFFUSION_MODEL, count)
         noise = self.noise(seeds) if noise is None else noise
-        latents = comfy.sample.sample(
-            counted,
-            noise,
-            steps,
-            CFG,
-            SAMPLER,
-            scheduler,
-            positive,
-            self.encode("") if negative is None else negative,
-            torch.zeros_like(noise) if latent is None else latent,
-            denoise=denoise,
-            last_step=last_step,
-            disable_pbar=True,
-            seed=seeds[0],
-        )
-        return Generated(latents, rows / len(noise))
+        with counted(model) as evaluations:
+            latents = comfy.sample.sample(
+                model,
+                noise,
+                steps,
+                CFG,
+                SAMPLER,
+                scheduler,
+                positive,
+                self.encode("") if negative is None else negative,
+                torch.zeros_like(noise) if latent is None else latent,
+                denoise=denoise,
+                last_step=last_step,
+                disable_pbar=True,
+                seed=seeds[0],
+            )
+        return Generated(latents, evaluations.count / len(noise))
 
     def guided(self, lora: Any, positive: Any, seeds: Sequence[int], settings: Any, **options: Any) -> Generated:
         """Do the same behind a gate.

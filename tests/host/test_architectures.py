@@ -15,13 +15,12 @@ from comfy_extras import nodes_custom_sampler as custom
 from safetensors.torch import save_file
 
 from tests.conftest import pack_module
-from tests.host.conftest import fixed
+from tests.host.conftest import fixed, ksampler, settings
 from tests.host.families import FAMILIES, Family
 from tests.host.test_blending import assert_unchanged, relative, state_of
 
-erasure, gating, deciding, matching = (
-    pack_module(f"unguide_comfy.{name}") for name in ("erasure", "gating", "deciding", "matching")
-)
+load, before = pack_module("unguide_comfy.lora.load"), pack_module("unguide_comfy.gate.before")
+baseline = pack_module("unguide_comfy.probe.baseline")
 formats = pack_module("unguide_core.formats")
 
 
@@ -53,7 +52,7 @@ def lora(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("lora") / "tiny.safetensors"
     save_file(tensors(family), path)
     adapter = formats.load_adapter(path)
-    return erasure.ErasureLora(path.name, adapter, 1.0, "the concept", family.conditioning(1), family.conditioning(0))
+    return load.ErasureLora(path.name, adapter, 1.0, "the concept", family.conditioning(1), family.conditioning(0))
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +62,8 @@ def merged(family: Family) -> Any:
 
 
 def sampled(family: Family, model: Any, steps: int = 2, batch: int = 2) -> torch.Tensor:
-    import nodes as host
-
-    (out,) = host.common_ksampler(
-        model, 7, steps, 4.0, "euler", "normal", family.conditioning(1), family.conditioning(0), family.latent(batch)
-    )
-    return out["samples"]
+    prompts = family.conditioning(1), family.conditioning(0)
+    return ksampler(model, *prompts, family.latent(batch), steps=steps)
 
 
 def test_the_host_detects_the_architecture_and_its_prediction_type(family):
@@ -88,7 +83,7 @@ def test_weight_zero_is_the_adapter_merged_by_the_host(family, lora, merged):
 
 @pytest.mark.parametrize("passes", ["one batch", "two passes"])
 def test_one_step_is_the_blend_of_base_and_merged(family, lora, merged, passes, monkeypatch):
-    monkeypatch.setattr(pack_module("unguide_comfy.blending").Call, "fits", lambda *_: passes == "one batch")
+    monkeypatch.setattr(pack_module("unguide_comfy.blend.forward").Call, "_fits", lambda *_: passes == "one batch")
     base, adapted, blended = (
         sampled(family, model, steps=1) for model in (family.model, merged, fixed(family.model, lora, -1.0))
     )
@@ -101,19 +96,42 @@ def test_the_model_is_afterwards_as_it_was(family, lora):
     assert_unchanged(before, family.model)
 
 
-def test_the_probe_measures_alignment_and_influence_in_finite_numbers(family, lora):
-    def guider(model: Any) -> Any:
-        return custom.CFGGuider.execute(model, family.conditioning(1), family.conditioning(0), 4.0)[0]
+def probed(family: Family, lora: Any, **options: Any) -> tuple[Any, Any]:
+    """The decision on the concept's own prompt, whose conditioning has some options more, and the cost."""
 
-    settings = deciding.ProbeSettings(repeats=1, probe_steps=1)
-    (decision,), report = gating.probe_prompt(family.model, (lora,), settings, guider, family.latent()["samples"])
+    def guider(model: Any) -> Any:
+        ((text, more),) = family.conditioning(1)
+        return custom.CFGGuider.execute(model, [[text, {**more, **options}]], family.conditioning(0), 4.0)[0]
+
+    chosen = settings(repeats=1, probe_steps=1)
+    (decision,), _, cost = before.probe_prompt(family.model, (lora,), chosen, guider, family.latent()["samples"])
+    return decision, cost
+
+
+def test_the_probe_measures_every_statistic_in_finite_numbers(family, lora):
+    decision, cost = probed(family, lora)
     found = {statistic.name: statistic for statistic in decision.statistics}
-    assert set(found) == {"alignment", "influence", "patch", "paper"}
+    assert set(found) == {"alignment", "influence", "paper"}
     # the prompt is the concept's own, and the baseline's first noise the probe's
     assert found["alignment"].score == pytest.approx(1.0, abs=1e-3)
-    for name in ("influence", "patch"):
-        assert found[name].concept[0] == pytest.approx(found[name].prompt[0], rel=1e-3)
+    assert found["influence"].concept[0] == pytest.approx(found["influence"].prompt[0], rel=1e-3)
     assert found["paper"].score > 0.0
+    assert decision.influence_map.shape == (8, 8)
+    assert decision.influence_map.isfinite().all()
     assert decision.detected
-    assert json.loads(decision.to_json())
-    assert report.evaluations["probe"] > 0
+    assert json.loads(decision.to_json())["sigma"] == decision.sigma
+    assert cost.evaluations["probe"] > 0
+
+
+def test_what_the_network_reads_beside_the_text_is_part_of_what_a_baseline_is_remembered_by(family, lora):
+    """Flux's guidance and SDXL's sizes are kept where another prompt takes the text's place."""
+    option = {"Flux": {"guidance": 30.0}, "SDXL": {"width": 512, "height": 512}}.get(family.model_class)
+    if option is None:
+        pytest.skip("this architecture reads text and noise level alone")
+    baseline.memory.clear()
+    fresh, _ = probed(family, lora, **option)
+    baseline.memory.clear()
+    other, _ = probed(family, lora)
+    found, _ = probed(family, lora, **option)
+    assert found.statistics == fresh.statistics
+    assert other.statistics != fresh.statistics

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import load_pack, pack_module
+from tests.host.conftest import guided
 from tests.host.families import FAMILIES, Family
 from tests.host.test_blending import relative
 from tests.host.test_foreign import Inputs, adapted, factors
 from tests.host.test_refusals import LAYER, pair
 
 formats, names = (pack_module(f"unguide_core.{name}") for name in ("formats", "adapter.names"))
-erasure, gating, matching = (pack_module(f"unguide_comfy.{name}") for name in ("erasure", "gating", "matching"))
+match = pack_module("unguide_comfy.lora.match").match
 AdapterError = formats.AdapterError
 LACKING = LAYER.replace("input_blocks.1.", "input_blocks.11.")
 
@@ -64,7 +65,7 @@ def test_a_partial_match_stops_and_names_what_would_let_it_go_on(golden_model, l
         load("part.safetensors", model=golden_model)
     lora, _ = load("part.safetensors")
     with pytest.raises(AdapterError, match="matches 1 of 2 layers"):
-        gating.guided(golden_model, (lora,), gating.Gate())
+        guided(golden_model, lora)
 
 
 def test_an_allowed_partial_match_goes_on_and_is_counted_and_listed(golden_model, lora_folder):
@@ -75,9 +76,7 @@ def test_an_allowed_partial_match_goes_on_and_is_counted_and_listed(golden_model
     lacking = report["model"]["lacking_in_the_file"]
     assert lacking["count"] == len(lacking["layers"]) > 0
     assert all(path.endswith("attn2.to_k") for path in lacking["layers"])
-    (branch,) = (
-        gating.guided(golden_model, (lora,), gating.Gate()).get_wrappers("sampler_sample", "unguide")[0].branches
-    )
+    (branch,) = guided(golden_model, lora).get_wrappers("sampler_sample", "unguide")[0].branches
     assert list(branch.layers) == [LAYER]
 
 
@@ -184,9 +183,7 @@ def test_a_saved_file_is_found_and_loaded_again_in_every_format(golden_model, lo
     again, report = load(listed, model=golden_model)
     assert report["model"]["matched"] == 1
     assert again.adapter.card.concept_prompt == "a photo of the cat"
-    found, expected = (
-        next(iter(matching.match_layers(x.adapter, golden_model.model, x.name).values())) for x in (again, lora)
-    )
+    found, expected = (next(iter(match(x.adapter, golden_model.model, x.name).layers.values())) for x in (again, lora))
     assert torch.equal(found.weight_delta(), expected.weight_delta())
 
 

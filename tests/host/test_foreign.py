@@ -26,7 +26,7 @@ from tests.host.families import FAMILIES, Family
 from tests.host.test_blending import relative
 
 formats, names, adapters = (pack_module(f"unguide_core.{name}") for name in ("formats", "adapter.names", "adapter"))
-injection, matching = (pack_module(f"unguide_comfy.{name}") for name in ("injection", "matching"))
+inject, match = (pack_module(f"unguide_comfy.lora.{name}") for name in ("inject", "match"))
 
 LIMIT = 1e-5
 COMPARED = [name for name, family in FAMILIES.items() if family.diffusers is not None]
@@ -102,9 +102,9 @@ class Inputs:
 
 def adapted(family: Family, adapter: Any) -> torch.Tensor:
     """The host's network with the adapter, unmerged."""
-    layers = matching.match_layers(adapter, family.model.model, "tested")
+    layers = match.match(adapter, family.model.model, "tested").layers
     modules = {path: family.model.model.get_submodule(path) for path in layers}
-    with injection.adapted_rows(modules, [(slice(None), layers)], 2):
+    with inject.adapted_rows(modules, [(slice(None), layers)], 2):
         return Inputs(family).ours()
 
 

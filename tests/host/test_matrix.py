@@ -21,7 +21,7 @@ from tests.host.test_files import replaced
 from tests.host.test_foreign import Inputs, adapted, factors
 
 formats, names, adapters = (pack_module(f"unguide_core.{name}") for name in ("formats", "adapter.names", "adapter"))
-matching = pack_module("unguide_comfy.matching")
+match = pack_module("unguide_comfy.lora.match")
 
 ARCHITECTURES = {"SD 1.x": "SD 1.x", "SD 2.x": "SD 2.x", "SDXL": "SDXL", "SD 3.x": "SD 3.x", "Flux": "Flux dev"}
 FORMATS = ("official", "kohya", "spm", "sliders", "generic", "peft", "diffusers", "diffusers, old", "full")
@@ -98,7 +98,7 @@ def test_a_file_of_each_format_predicts_what_it_says_on_each_architecture(archit
         found[format, architecture] = REFUSED
         return
     path = file_of(format, family, layers, tmp_path)
-    base = matching.base_weights(family.model) if format == "full" else None
+    base = match.base_weights(family.model) if format == "full" else None
     adapter = formats.load_adapter(path, base=base, energy=1.0)
     assert adapter.card.source_format == format
     weights = {

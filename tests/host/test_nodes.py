@@ -1,4 +1,4 @@
-"""The nodes' schemas: what a person sees, and that widgets start from the settings' own defaults."""
+"""The nodes' schemas: what a person sees, and that its widgets start from the settings' own defaults."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 from tests.conftest import load_pack, pack_module
+from tests.host.conftest import settings
 
 IDS = {
     f"UnGuide{name}"
@@ -17,6 +18,7 @@ IDS = {
         "Probe",
         "Model",
         "Sampler",
+        "Settings",
         "TrainErasureLora",
         "SaveErasureLora",
     )
@@ -44,17 +46,38 @@ def test_every_node_input_and_output_explains_itself(schemas):
             assert part.tooltip, f"{schema.node_id}: {part}"
 
 
-def test_widgets_start_from_the_settings_defaults(schemas):
-    settings = pack_module("unguide_comfy.deciding").ProbeSettings()
-    names = {field.name for field in dataclasses.fields(settings)}
-    for schema in (schemas[name] for name in ("UnGuideProbe", "UnGuideModel", "UnGuideSampler")):
-        widgets = {part.id: part.default for part in schema.inputs if part.id in names and part.id != "seed"}
-        assert widgets == {name: getattr(settings, name) for name in widgets}
-    assert {"repeats", "probe_steps", "weight_detected"} <= {part.id for part in schemas["UnGuideModel"].inputs}
+def test_the_settings_widgets_start_from_the_settings_defaults_and_leave_none_out(schemas):
+    fields = {field.name: field.default for field in dataclasses.fields(settings()) if field.name != "seed"}
+    inputs = schemas["UnGuideSettings"].inputs
+    assert {part.id for part in inputs} == set(fields)
+    widgets = {part.id: part.default for part in inputs if part.id != "neutral"}
+    assert widgets == {**{name: fields[name] for name in widgets}, "threshold": ""}
+    node = pack_module("nodes.settings").UnGuideSettings
+    assert node.execute(**widgets)[0] == settings()
 
 
-def test_the_samplers_inputs_come_in_ksamplers_order(schemas):
+def test_a_threshold_is_a_number_or_nothing():
+    node = pack_module("nodes.settings").UnGuideSettings
+    assert node.execute(threshold=" 0.25 ")[0] == settings(threshold=0.25)
+    assert node.execute(threshold=" ")[0] == settings()
+    with pytest.raises(ValueError, match=r"threshold is 'low'; expected a number such as 0\.5, or nothing"):
+        node.execute(threshold="low")
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs"),
+    [
+        ("UnGuideModel", ["model", "erasure_lora", "settings", "decision"]),
+        ("UnGuideProbe", ["model", "erasure_lora", "positive", "negative", "latent_image", "cfg", "seed", "settings"]),
+    ],
+)
+def test_what_decides_comes_on_one_wire(schemas, node, inputs):
+    assert [part.id for part in schemas[node].inputs] == inputs
+    assert [part.id for part in schemas[node].inputs if part.optional] == inputs[inputs.index("settings") :]
+
+
+def test_the_samplers_inputs_are_ksamplers_in_its_order_and_two_wires(schemas):
     import nodes
 
-    expected = list(nodes.KSampler.INPUT_TYPES()["required"])
-    assert [part.id for part in schemas["UnGuideSampler"].inputs][: len(expected)] == expected
+    expected = [*nodes.KSampler.INPUT_TYPES()["required"], "erasure_lora", "settings"]
+    assert [part.id for part in schemas["UnGuideSampler"].inputs] == expected

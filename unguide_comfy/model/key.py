@@ -21,6 +21,9 @@ from .weights import dequantized, unpatched_weights
 OURS = "unguide"
 """The key of this pack's own wrappers on a model."""
 
+_HARMLESS = (OURS, "torch.compile")
+"""Keys of wrappers that do not change what the network computes."""
+
 _hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 _SAMPLED_WEIGHTS = 16
 _SAMPLED_VALUES = 64
@@ -100,7 +103,7 @@ def _forward_patches(patcher: Any) -> Iterator[str]:
         yield from (f"{kind} {place} {_named(patch)}" for place, patch in places.items())
     for wrappers in (patcher.wrappers, options.get("wrappers", {})):
         for kind, by_key in wrappers.items():
-            yield from (f"{kind} {key}" for key, found in by_key.items() if key != OURS and found)
+            yield from (f"{kind} {key}" for key, found in by_key.items() if key not in _HARMLESS and found)
     for name in ("injections", "weight_wrapper_patches"):
         yield from (f"{name} {key}" for key in getattr(patcher, name, {}))
 

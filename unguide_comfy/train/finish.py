@@ -14,6 +14,7 @@ import torch
 from ...unguide_core.adapter import Adapter, Card
 from ...unguide_core.probe.calibration import MINIMUM_OTHERS, Calibration, CalibrationPrompts
 from ...unguide_core.training.finish import finish
+from ...unguide_core.training.layers import layer_expression
 from ...unguide_core.training.prompts import (
     KEPT,
     PREFIX,
@@ -124,6 +125,7 @@ def train_concept(
         options: of `Job`.
     Raises: ValueError for words or prompts that mean nothing, and as `job.train`.
     """
+    layer_expression(options.get("layers", "object"), options.get("pattern", ""))  # refuse before anything is encoded
     texts = None if encoded.given else concept.prompts()
     if texts is None:
         prompts, conditionings = TrainingPrompts((Pair(TARGET, REFERENCE),), (NEUTRAL,), NEUTRAL), encoded.by_name()

@@ -187,6 +187,6 @@ def _preview(training: Training, progress: Progress, job: Job) -> torch.Tensor |
     noise = torch.randn((1, *training.shape), generator=generator).to(training.device)
     with torch.no_grad(), training.predict.adapted():
         target = job.prompts.erased[0].target
-        latent = denoiser.trajectory(noise, sampled_timesteps(PREVIEW_STEPS), 0.0, [target], PREVIEW_CFG)
+        latent = denoiser.rollout(noise, sampled_timesteps(PREVIEW_STEPS), 0.0, [target], PREVIEW_CFG).latent
     denoiser.evaluations = spent
     return latent

@@ -20,7 +20,7 @@ class Decision:
     model_key, adapter_key: the model and adapter that were probed; the decision does not hold for others.
     step: the sampling step that was probed, from 0; None for a probe before the first step.
     sigma: the noise level that was probed.
-    influence_map: where the adapter acts, [H, W], relative to its maximum on the concept's own prompt.
+    influence_map: where the adapter acts, [H, W]; 1 is its mean effect on the concept's own prompt.
     """
 
     weight: float

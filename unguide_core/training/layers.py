@@ -19,13 +19,13 @@ ESD-x (arXiv 2303.07345)."""
 CUSTOM = "custom"
 
 
-def chosen_layers(linear: Iterable[str], layers: str, pattern: str = "") -> list[str]:
-    """Return the names of the layers to train, out of the names of a model's linear layers.
+def layer_expression(layers: str, pattern: str = "") -> re.Pattern[str]:
+    """Return the regular expression that the names of the layers to train match.
 
     Args:
         layers: a key of `LAYERS`, or "custom".
-        pattern: for "custom": a regular expression that is searched for in each name.
-    Raises: ValueError if the choice is unknown, the pattern is not a regular expression, or nothing matches.
+        pattern: for "custom": the regular expression.
+    Raises: ValueError if the choice is unknown, or the pattern is not a regular expression.
     """
     if layers not in (*LAYERS, CUSTOM):
         raise ValueError(f"the layers are {layers!r}; expected one of {', '.join((*LAYERS, CUSTOM))}")
@@ -33,15 +33,23 @@ def chosen_layers(linear: Iterable[str], layers: str, pattern: str = "") -> list
         raise ValueError("the layers are 'custom' and the pattern is empty; give a regular expression, or a preset")
     wanted = LAYERS.get(layers, pattern.strip())
     try:
-        expression = re.compile(wanted)
+        return re.compile(wanted)
     except re.error as error:
         raise ValueError(f"the layer pattern {wanted!r} is not a regular expression: {error}") from error
+
+
+def chosen_layers(linear: Iterable[str], layers: str, pattern: str = "") -> list[str]:
+    """Return the names of the layers to train, out of the names of a model's linear layers.
+
+    Args and errors as of `layer_expression`, and ValueError if nothing matches.
+    """
+    expression = layer_expression(layers, pattern)
     names = list(linear)
     chosen = [name for name in names if expression.search(name)]
     if not chosen:
         example = f", such as {names[0]!r}" if names else ""
         raise ValueError(
-            f"the layer pattern {wanted!r} matches none of this model's {len(names)} linear layers{example}; "
-            "use a preset that fits the architecture, or another pattern"
+            f"the layer pattern {expression.pattern!r} matches none of this model's {len(names)} linear "
+            f"layers{example}; use a preset that fits the architecture, or another pattern"
         )
     return chosen
