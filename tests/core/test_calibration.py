@@ -84,10 +84,10 @@ def test_figures_between_two_noise_levels_are_interpolated_in_the_logarithm():
 
 def test_a_noise_level_a_little_outside_the_calibrated_ones_has_the_nearest_ones_figures_and_one_far_outside_none():
     known = calibration(level(10.0, 1.0), level(2.5, 3.0))
-    assert known.at("influence", 12.9).baseline == 1.0
-    assert known.at("influence", 2.0).baseline == 3.0
-    assert known.at("influence", 13.1) is None
-    assert known.at("influence", 1.9) is None
+    assert known.at("influence", 10.4).baseline == 1.0
+    assert known.at("influence", 2.4).baseline == 3.0
+    assert known.at("influence", 10.6) is None
+    assert known.at("influence", 2.3) is None
     assert known.at("alignment", 5.0) is None
 
 

@@ -16,6 +16,9 @@ from typing import Any
 HEADER_LIMIT = 16 << 20
 """The largest safetensors header that is read, in bytes; the largest known adapters have less than 1 MiB."""
 
+TEXT_LIMIT = 4000
+"""The most characters of a prompt in a card."""
+
 CARD_VERSION = 1
 _PREFIX = "unguide."
 
@@ -65,6 +68,12 @@ class Card:
         for name in _TEXT_FIELDS:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"the card's {name} is {getattr(self, name)!r}; expected text")
+        for text in (self.concept, self.target, self.reference, self.neutral, *self.synonyms):
+            if len(text) > TEXT_LIMIT:  # these are encoded, which takes time and memory in proportion
+                raise ValueError(
+                    f"the card has a prompt of {len(text)} characters; expected {TEXT_LIMIT} at most: the file is "
+                    "damaged, or not an erasure LoRA"
+                )
         if not isinstance(self.synonyms, tuple) or not all(isinstance(word, str) for word in self.synonyms):
             raise ValueError(f"the card's synonyms are {self.synonyms!r}; expected a tuple of texts")
         if not _is_number(self.version) or self.version != int(self.version):

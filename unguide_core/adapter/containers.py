@@ -33,6 +33,8 @@ _DTYPES = {
 }
 _JSON_LIMIT = 4 << 20
 _PICKLE_LIMIT = 16 << 20
+_TENSOR_LIMIT = 20_000
+"""Several times as many as the largest known adapters have."""
 _DEPTH = 3
 
 
@@ -181,11 +183,17 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             metadata.pop("format", None)  # the library that wrote the file
+            _require_few(len(file.keys()))
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"its safetensors content is damaged or truncated ({error}); download or save it again"
         ) from error
+
+
+def _require_few(tensors: int) -> None:
+    if tensors > _TENSOR_LIMIT:
+        raise ValueError(f"it holds {tensors} tensors; expected {_TENSOR_LIMIT} at most: it is not a LoRA")
 
 
 def _read_torch_zip(path: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -202,6 +210,7 @@ def _read_torch_zip(path: Path, size: int) -> tuple[dict[str, Tensor], dict[str,
     except Exception as error:  # torch raises errors of many types for damaged content
         raise ValueError(f"its torch content is damaged ({error}); download or save it again") from error
     tensors = dict(_flattened(content))
+    _require_few(len(tensors))
     if not tensors and content != {}:
         raise _strange(content)
     return tensors, metadata

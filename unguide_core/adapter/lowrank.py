@@ -22,6 +22,10 @@ PRECISIONS = frozenset(
 _CONVOLUTIONS = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 
 
+CHANGE_LIMIT = 65504.0
+"""The largest change of a weight that a file may ask for: half precision's largest number. Real ones are below 1."""
+
+
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """A low-rank change of one layer's weight: scale * up @ down, scale = alpha / rank  (arXiv 2106.09685).
@@ -56,10 +60,21 @@ class LowRank:
             raise ValueError(f"scale is {self.scale}; expected a finite number")
 
     def require_finite(self) -> "LowRank":
-        """Return the layer itself. Raises: ValueError if it holds NaN or infinite values."""
+        """Return the layer itself.
+
+        Raises: ValueError if it holds NaN or infinite values, or can change a weight by more than `CHANGE_LIMIT`.
+        """
+        bound = abs(self.scale) * self.rank
         for name, tensor in (("down", self.down), ("up", self.up)):
-            if not bool(tensor.detach().float().isfinite().all()):  # 8-bit floats have no isfinite
+            values = tensor.detach().float()  # 8-bit floats have no isfinite
+            if not bool(values.isfinite().all()):
                 raise ValueError(f"{name} holds NaN or infinite values; expected finite ones: the file is damaged")
+            bound *= float(values.abs().max())
+        if bound > CHANGE_LIMIT:
+            raise ValueError(
+                f"it can change a weight by {bound:.3g}, with scale {self.scale:.3g}; expected {CHANGE_LIMIT:g} at "
+                "most: its alpha is wrong, or the file is damaged"
+            )
         return self
 
     @property

@@ -14,6 +14,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_KEY = "lora_adapter_metadata"
 """diffusers' key in the safetensors metadata: a PEFT configuration whose keys begin with `unet.` or `transformer.`."""
 
+KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+"""`init_lora_weights` that leave the base weights as they are. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and MiCA rewrite
+them, and their files change weights that the files do not hold."""
+
 _SYNTAX = set("$*+?{}[]|()\\")
 
 
@@ -38,6 +42,12 @@ def scales(config: Mapping[str, object]) -> Scales:
     if config.get("fan_in_fan_out"):
         raise ValueError(
             "its configuration says fan_in_fan_out, for transposed weights, which diffusion models do not have"
+        )
+    if (start := config.get("init_lora_weights")) not in KEEPS_BASE:
+        raise ValueError(
+            f"its configuration says init_lora_weights {start!r}, which rewrites the base model's weights, so the file "
+            "alone does not give the change; save it again with PEFT's save_pretrained and its option "
+            "path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it"
         )
     rank, alpha = _number(config, "r", whole=True), _number(config, "lora_alpha")
     ranks, alphas = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
