@@ -17,7 +17,7 @@ from unguide_core.probe.calibration import (
     CalibrationPrompts,
     calibrated_levels,
 )
-from unguide_core.training.rollout import Denoiser, sampled_timesteps
+from unguide_core.training.rollout import Denoiser, Latents, sampled_timesteps
 
 CFG = 4.0
 REPEATS, OWN_REPEATS = 1, 8
@@ -59,13 +59,15 @@ def calibrate(
 
 
 def _probed(denoiser: Denoiser, prompt: str, own: str, noise: Tensor) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Denoises a prompt with the base model; the statistics' values before each of `PROBED_STEPS`."""
+    """Denoises a prompt with the base model; yields the statistics' values before each of `PROBED_STEPS`."""
     timesteps, count = sampled_timesteps(STEPS)[: PROBED_STEPS[-1] + 1], len(noise)
     visited = denoiser.rollout(noise, timesteps, 0.0, [prompt] * count, CFG).visited
-    for step in PROBED_STEPS:
-        at = visited[step * count : (step + 1) * count]
-        with denoiser.predict.adapted():
-            adapted = denoiser.eps(at.z, at.timesteps, at.prompts)
-        neutral, concept = (denoiser.eps(at.z, at.timesteps, [text] * count) for text in (denoiser.neutral, own))
-        values = {"influence": influence(at.eps, adapted), "alignment": alignment(at.eps, neutral, concept)}
-        yield float(denoiser.sigmas[timesteps[step]]), values
+    at = Latents.joined([visited[step * count : (step + 1) * count] for step in PROBED_STEPS])
+    with denoiser.predict.adapted():
+        adapted = denoiser.eps(at.z, at.timesteps, at.prompts)
+    texts = [denoiser.neutral] * len(at) + [own] * len(at)
+    neutral, concept = denoiser.eps(at.z.repeat(2, 1, 1, 1), at.timesteps.repeat(2), texts).chunk(2)
+    values = {"influence": influence(at.eps, adapted), "alignment": alignment(at.eps, neutral, concept)}
+    for i, step in enumerate(PROBED_STEPS):
+        rows = slice(i * count, (i + 1) * count)
+        yield float(denoiser.sigmas[timesteps[step]]), {name: value[rows] for name, value in values.items()}

@@ -268,14 +268,12 @@ class DiffusersPredictor:
     @contextmanager
     def adapted(self) -> Iterator[None]:
         """Within the block the adapter is on."""
-        if self.adapting:
-            yield
-            return
+        before = self.adapting
         self._enable(True)
         try:
             yield
         finally:
-            self._enable(False)
+            self._enable(before)
 
     def relieve(self) -> bool:
         """Turns gradient checkpointing on; returns False if it was on already."""

@@ -110,9 +110,9 @@ def test_a_server_with_other_defaults_than_before_is_refused(tmp_path: Path) -> 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "holiday.png").write_bytes(b"x")
-    with pytest.raises(BenchError, match="no folder of a run"):
+    with pytest.raises(BenchError, match="not the folder of a run"):
         Folder(tmp_path, SETTINGS)
-    with pytest.raises(BenchError, match="no folder of a run"):
+    with pytest.raises(BenchError, match="not the folder of a run"):
         Folder(tmp_path / "holiday.png", SETTINGS)
     assert list(tmp_path.iterdir()) == [tmp_path / "holiday.png"]
 

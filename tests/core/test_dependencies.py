@@ -25,6 +25,9 @@ FORBIDDEN = {
     "unguide_bench": OURS - {"unguide_core", "unguide_bench", "demo"} | HOST,
 }
 
+# the bridge's folders in the order that the data takes: each imports only from itself and from those before it
+BRIDGE = ("model", "lora", "blend", "probe", "report", "gate", "train")
+
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Line and first name of every absolute import; a relative one is named by the folder it leads into."""
@@ -38,6 +41,18 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             inside = package[: len(package) - node.level + 1]
             targets = [str(node.module)] if node.module else [alias.name for alias in node.names]
             yield from ((node.lineno, inside[0] if inside else target.split(".")[0]) for target in targets)
+
+
+def bridge_folders(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and folder of every import from a folder of the bridge."""
+    package = path.relative_to(REPOSITORY).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            inside = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            for alias in node.names:
+                target = [part for part in (*inside, alias.name) if part]
+                if target[0] == "unguide_comfy":
+                    yield node.lineno, target[1]
 
 
 def modules(package: str) -> list[Path]:
@@ -56,6 +71,18 @@ def violations(paths: list[Path], forbidden: set[str]) -> list[str]:
 @pytest.mark.parametrize("package", sorted(FORBIDDEN))
 def test_a_package_imports_only_what_lies_below_it(package):
     assert violations(modules(package), FORBIDDEN[package]) == []
+
+
+def test_the_bridges_folders_import_only_those_before_them():
+    paths = modules("unguide_comfy")
+    assert {path.parent.name for path in paths} == {"unguide_comfy", *BRIDGE}
+    backwards = [
+        f"{path.relative_to(REPOSITORY)}:{line} imports {folder}"
+        for path in paths
+        for line, folder in bridge_folders(path)
+        if folder not in BRIDGE or path.parent.name not in BRIDGE[BRIDGE.index(folder) :]
+    ]
+    assert backwards == []
 
 
 def test_the_core_imports_the_standard_library_torch_and_safetensors_only():

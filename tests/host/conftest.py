@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -188,6 +190,23 @@ def load(kind: str, concept: str, demo: Demo) -> Any:
     """An erasure LoRA of the demo."""
     name = f"unguide-demo/{kind}/{concept}.safetensors"
     return pack_module("unguide_comfy.lora.load").load_erasure_lora(name, 1.0, demo.clip)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter that was trained on the host's model, uncalibrated, and its losses."""
+
+    adapter: Any
+    losses: list[float]
+    held_out: list[float]
+
+
+def trained_adapter(model: Any, job: Any, latent: torch.Tensor, observer: Any = None) -> Trained:
+    """The adapter of a training job."""
+    done = pack_module("unguide_comfy.train.job").train(model, job, latent, observer)
+    finish = pack_module("unguide_core.training.finish").finish
+    adapter = finish(done.training, done.card, None, log=logging.warning)
+    return Trained(adapter, done.training.losses, done.training.held_out)
 
 
 class Demo:

@@ -123,15 +123,19 @@ def test_the_probe_measures_every_statistic_in_finite_numbers(family, lora):
     assert cost.evaluations["probe"] > 0
 
 
-def test_what_the_network_reads_beside_the_text_is_part_of_what_a_baseline_is_remembered_by(family, lora):
-    """Flux's guidance and SDXL's sizes are kept where another prompt takes the text's place."""
-    option = {"Flux": {"guidance": 30.0}, "SDXL": {"width": 512, "height": 512}}.get(family.model_class)
-    if option is None:
-        pytest.skip("this architecture reads text and noise level alone")
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [("SDXL", {"width": 512, "height": 512}), ("Flux dev", {"guidance": 30.0})],
+    ids=["SDXL", "Flux dev"],
+    indirect=["family"],
+    scope="module",
+)
+def test_a_baseline_is_remembered_by_all_that_the_network_reads_beside_the_text(family, lora, option):
+    """Sizes and guidance stay where another prompt takes the text's place."""
     baseline.memory.clear()
     fresh, _ = probed(family, lora, **option)
     baseline.memory.clear()
     other, _ = probed(family, lora)
-    found, _ = probed(family, lora, **option)
-    assert found.statistics == fresh.statistics
+    again, _ = probed(family, lora, **option)
+    assert again.statistics == fresh.statistics
     assert other.statistics != fresh.statistics

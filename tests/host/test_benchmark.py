@@ -15,21 +15,21 @@ from dev.benchmark.studio import STEPS, judged, studio
 from unguide_bench.scores import BASE, OTHER, means_of
 
 SEEDS = (700_001, 700_002)
-TRAJECTORY = gated("selective", "trajectory")
+GATED = gated("selective")
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    """Base's pictures of three classes, two seeds each."""
-    found = Plan(tmp_path_factory.mktemp("benchmark"), SEEDS, ("cat", "dog", "ship"))
-    found.claim()
-    for klass in found.concepts:
-        cells.draw_base(found, klass)
-    return found
+    """The base model's images of three classes, two seeds each."""
+    made = Plan(tmp_path_factory.mktemp("benchmark"), SEEDS, ("cat", "dog", "ship"))
+    made.claim()
+    for klass in made.concepts:
+        cells.generate_base(made, klass)
+    return made
 
 
 def score(plan, method, concept="cat"):
-    cells.draw_cell(plan, method, concept)
+    cells.generate_cell(plan, method, concept)
     return means_of(cells.done(plan, method, concept))[method]
 
 
@@ -40,29 +40,29 @@ def test_base_is_a_useless_eraser_and_a_replaced_prompt_a_perfect_one(plan):
     assert (replaced.recall, replaced.false_alarms) == (100.0, 0.0)
 
 
-def test_unguide_leaves_other_pictures_bit_identical_and_costs_one_evaluation(plan):
-    found = score(plan, TRAJECTORY)
+def test_unguide_leaves_other_images_bit_identical_and_costs_one_evaluation(plan):
+    found = score(plan, GATED)
     assert found.h_o.value == 100.0
     assert found.identical_unrelated == 100.0
     assert found.max_abs_diff_unrelated == 0.0
-    spent = {(picture.kind == OTHER, picture.evaluations) for picture in cells.done(plan, TRAJECTORY, "cat")}
+    spent = {(image.kind == OTHER, image.evaluations) for image in cells.done(plan, GATED, "cat")}
     assert spent == {(True, 2 * STEPS + 1), (False, 2 * STEPS + 3)}
 
 
-def test_the_same_seeds_give_the_same_pictures_and_scores(plan, tmp_path):
+def test_the_same_seeds_give_the_same_images_and_scores(plan, tmp_path):
     again = replace(plan, folder=tmp_path)
     again.claim()
     for klass in plan.concepts:
-        cells.draw_base(again, klass)
+        cells.generate_base(again, klass)
 
-    def drawn(of):
-        cells.draw_cell(of, TRAJECTORY, "cat")
-        return cells.done(of, TRAJECTORY, "cat")
+    def images(of):
+        cells.generate_cell(of, GATED, "cat")
+        return cells.done(of, GATED, "cat")
 
-    assert drawn(plan) == drawn(again)
+    assert images(plan) == images(again)
 
 
-def test_a_run_draws_only_what_is_missing_and_the_narrow_model_draws_as_the_shipped_one(plan):
+def test_a_run_generates_only_what_is_missing_and_the_narrow_model_is_the_shipped_one(plan):
     score(plan, BASE, "dog")
     cells.time_methods(plan, [BASE], "cat", "dog")
     before = {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")}
@@ -70,7 +70,7 @@ def test_a_run_draws_only_what_is_missing_and_the_narrow_model_draws_as_the_ship
     assert {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")} == before
     assert len(found) == len(SEEDS) * 6  # a name, three synonyms, two other classes
     assert attacked == []
-    assert all(picture.seconds > 0 for picture in found)
+    assert all(image.seconds > 0 for image in found)
     assert apart["latents"] < 1e-4
     assert apart["pictures"] <= 1
     assert apart["scores"] < 1e-3
@@ -78,7 +78,7 @@ def test_a_run_draws_only_what_is_missing_and_the_narrow_model_draws_as_the_ship
 
 
 def test_a_folder_of_another_run_is_refused(plan):
-    with pytest.raises(ValueError, match="holds pictures of another run"):
+    with pytest.raises(ValueError, match="holds images of another run"):
         replace(plan, seeds=(1,)).claim()
     plan.claim()
     settings = plan.folder / "settings.json"
@@ -86,45 +86,45 @@ def test_a_folder_of_another_run_is_refused(plan):
     assert said["seeds"] == list(SEEDS)
     settings.write_text(json.dumps({**said, "models": "those before they were trained anew"}))
     try:
-        with pytest.raises(ValueError, match="holds pictures of another run"):
+        with pytest.raises(ValueError, match="holds images of another run"):
             plan.claim()
     finally:
         settings.write_text(json.dumps(said))
 
 
-def test_every_way_to_erase_draws(plan):
+def test_every_way_to_erase_generates(plan):
     with torch.inference_mode():
-        for name, draw in methods().items():
-            drawing = draw(studio(), "cat", photo("cat"), SEEDS[:1])
-            assert drawing.latents.isfinite().all(), name
-            assert drawing.rows >= 2 * STEPS - 2, name  # the official schedule is one step short
+        for name, generate in methods().items():
+            generated = generate(studio(), "cat", photo("cat"), SEEDS[:1])
+            assert generated.latents.isfinite().all(), name
+            assert generated.evaluations >= 2 * STEPS - 2, name  # the official schedule is one step short
 
 
-def test_inverted_noise_draws_the_picture_it_was_made_of(plan):
-    drawn = studio()
-    latents = torch.from_numpy(cells.base_pictures(plan, "cat")[f"{photo('cat')} latents"])
+def test_inverted_noise_gives_the_image_that_it_was_made_from(plan):
+    at = studio()
+    latents = torch.from_numpy(cells.base_images(plan, "cat")[f"{photo('cat')} latents"])
     with torch.inference_mode():
-        noise = attacks.inverted(drawn, latents, drawn.encode(photo("cat")))
-        again = drawn.draw(drawn.model, drawn.encode(photo("cat")), SEEDS, noise=noise)
+        noise = attacks.inverted(at, latents, at.encode(photo("cat")))
+        again = at.generate(at.model, at.encode(photo("cat")), SEEDS, noise=noise)
     other = latents.flip(0)
     assert (again.latents - latents).norm() < 0.5 * (again.latents - other).norm()
 
 
-def test_a_word_optimised_on_the_base_model_is_found_by_the_gate(plan):
-    drawn, lora = studio(), studio().lora("selective", "cat")
-    latents = torch.from_numpy(cells.base_pictures(plan, "cat")[f"{photo('cat')} latents"])
+def test_a_word_optimised_on_the_base_model_is_detected(plan):
+    at, lora = studio(), studio().lora("selective", "cat")
+    latents = torch.from_numpy(cells.base_images(plan, "cat")[f"{photo('cat')} latents"])
     with torch.inference_mode():
         text = attacks.optimised("cat", latents)
-        shown = drawn.draw(drawn.model, text, SEEDS)
-        gated_ = drawn.guided(lora, text, SEEDS, gate(drawn, "trajectory"))
-    assert [seen for seen, _ in judged(drawn.pictures(shown.latents))] == ["cat", "cat"]
-    assert gated_.detected == (True, True)
-    assert "cat" not in [seen for seen, _ in judged(drawn.pictures(gated_.latents))]
+        shown = at.generate(at.model, text, SEEDS)
+        erased = at.guided(lora, text, SEEDS, gate(at))
+    assert [seen for seen, _ in judged(at.images(shown.latents))] == ["cat", "cat"]
+    assert erased.detected == (True, True)
+    assert "cat" not in [seen for seen, _ in judged(at.images(erased.latents))]
 
 
 def test_references_are_scenes_that_show_no_class():
-    drawn = studio()
+    at = studio()
     with torch.inference_mode():
         for scene in REFERENCES.values():
-            shown = drawn.draw(drawn.model, drawn.encode(photo(scene)), SEEDS)
-            assert [seen for seen, _ in judged(drawn.pictures(shown.latents))] == ["other", "other"], scene
+            shown = at.generate(at.model, at.encode(photo(scene)), SEEDS)
+            assert [seen for seen, _ in judged(at.images(shown.latents))] == ["other", "other"], scene

@@ -127,7 +127,7 @@ def test_full_weights_against_the_loaded_model_predict_what_the_replaced_model_d
     lora, report = load("esd.safetensors", model=family.model, energy=1.0)
     assert report["format"] == "full"
     assert report["model"]["matched"] == len(family.layers)
-    assert "of the change's energy" in report["notes"][1]
+    assert "of each one's energy is kept" in report["notes"][1]
     expected = replaced(family, weights)
     assert relative(adapted(family, lora.adapter), expected) < 1e-5
     assert relative(Inputs(family).ours(), expected) > 1e-2

@@ -40,11 +40,11 @@ def drawn():
     return load_file(GOLDEN / "c_probe.safetensors")
 
 
-def sampled(model: Any, positive: Any, negative: Any, noise: torch.Tensor, sampler: str = "euler") -> torch.Tensor:
-    """Ten steps by SamplerCustomAdvanced, the latent as the network sees it."""
+def sampled(model: Any, positive: Any, negative: Any, noise: torch.Tensor, steps: int = 10) -> torch.Tensor:
+    """Some steps by SamplerCustomAdvanced, the latent as the network sees it."""
     guider = custom.CFGGuider.execute(model, positive, negative, 7.5)[0]
-    sigmas = custom.BasicScheduler.execute(model, "normal", 10, 1.0)[0]
-    chosen = custom.KSamplerSelect.execute(sampler)[0]
+    sigmas = custom.BasicScheduler.execute(model, "normal", steps, 1.0)[0]
+    chosen = custom.KSamplerSelect.execute("euler")[0]
     out = custom.SamplerCustomAdvanced.execute(
         Given(noise), guider, chosen, sigmas, {"samples": torch.zeros_like(noise)}
     )[0]
@@ -69,7 +69,7 @@ def test_golden_probe_norms_and_decisions(golden_model, golden_lora, encode, man
             continue
         observer = Observer()
         model = as_paper(golden_model, golden_lora, observer, encode(""), start)
-        sampled(model, encode(prompt), encode(""), trajectory["x_T"])
+        sampled(model, encode(prompt), encode(""), trajectory["x_T"], steps=2)
         (statistic,) = observer.decision.statistics
         found, neutral = torch.tensor(statistic.prompt), torch.tensor(statistic.neutral)
         compare(f"C probe norms, {prompt}", found, drawn["norms"][:, number, 0], NORM_LIMIT)
@@ -96,7 +96,7 @@ def test_the_papers_weights_follow_from_the_decision(demo, demo_lora):
     for prompt in (CAT, ""):
         observer = Observer()
         model = as_paper(demo.model, demo_lora, observer)
-        sampled(model, demo.encode(prompt), demo.encode(""), torch.zeros(1, 4, 8, 8))
+        sampled(model, demo.encode(prompt), demo.encode(""), torch.zeros(1, 4, 8, 8), steps=2)
         weights.append(observer.verdicts[0].weights)
         assert observer.decision.reason == "paper, by the official code's probe"
     assert weights == [(-1.0,), (2.0,)]

@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.conftest import pack_module
-from tests.host.conftest import GOLDEN, conditioning, fixed
+from tests.host.conftest import GOLDEN, conditioning, fixed, ksampler, trained_adapter
 
 core, texts, recipes, rollout = (
     pack_module(f"unguide_core.training.{name}") for name in ("trainer", "prompts", "recipe", "rollout")
 )
-training = pack_module("unguide_comfy.training")
+jobs, finishes, predictors, shows = (
+    pack_module(f"unguide_comfy.train.{name}") for name in ("job", "finish", "predictor", "show")
+)
+Card = pack_module("unguide_core.adapter").Card
 node = pack_module("nodes.train").TrainErasureLora
 
 TARGET, REFERENCE, EMPTY = "a photo of the cat", "a photo of the forest", ""
@@ -55,7 +58,7 @@ def digest(tensor: Tensor) -> str:
 @pytest.fixture(scope="module")
 def job(demo):
     conditionings = {name: demo.encode(name) for name in PROMPTS.names}
-    return training.Job(QUICK, PROMPTS, conditionings)
+    return jobs.Job(QUICK, PROMPTS, conditionings, Card(concept="cat", target=TARGET, reference=REFERENCE))
 
 
 @pytest.fixture
@@ -66,13 +69,13 @@ def latent() -> Tensor:
 @pytest.fixture(scope="module")
 def trained(demo, job):
     with torch.inference_mode():
-        return training.train_erasure_lora(demo.model, job, torch.zeros(1, 4, 8, 8))
+        return trained_adapter(demo.model, job, torch.zeros(1, 4, 8, 8))
 
 
 def test_the_base_is_bit_identical_afterwards_and_its_weights_are_the_same_objects(demo, job, latent):
     before, objects = sums(demo.model.model), {n: id(p) for n, p in demo.model.model.named_parameters()}
     forwards = [name for name, m in demo.model.model.named_modules() if "forward" in m.__dict__]
-    training.train_erasure_lora(demo.model, job, latent)
+    trained_adapter(demo.model, job, latent)
     assert sums(demo.model.model) == before
     assert {n: id(p) for n, p in demo.model.model.named_parameters()} == objects
     assert [name for name, m in demo.model.model.named_modules() if "forward" in m.__dict__] == forwards
@@ -96,7 +99,7 @@ def test_the_adapter_is_float32_has_learnt_and_names_the_models_own_layers(demo,
 
 def test_the_card_says_what_was_trained_and_how(demo, demo_lora, trained):
     card = trained.adapter.card
-    assert (card.target, card.reference, card.neutral) == (TARGET, REFERENCE, EMPTY)
+    assert (card.concept, card.target, card.reference, card.neutral) == ("cat", TARGET, REFERENCE, EMPTY)
     assert (card.rank, card.alpha, card.base_model) == (1, 8.0, "SD15")
     assert card.settings["iterations"] == 4
     assert card.settings["loop"] == "selective"
@@ -106,33 +109,33 @@ def test_the_card_says_what_was_trained_and_how(demo, demo_lora, trained):
 
 
 def test_the_same_seed_trains_the_same_adapter_and_another_seed_another(demo, job, trained, latent):
-    again = training.train_erasure_lora(demo.model, job, latent)
-    other = training.train_erasure_lora(demo.model, replace(job, recipe=replace(QUICK, seed=1)), latent)
+    again = trained_adapter(demo.model, job, latent)
+    other = trained_adapter(demo.model, replace(job, recipe=replace(QUICK, seed=1)), latent)
     assert again.adapter.fingerprint == trained.adapter.fingerprint
     assert other.adapter.fingerprint != trained.adapter.fingerprint
 
 
 def test_a_model_with_a_gate_is_trained_as_its_base(demo, demo_lora, job, trained, latent):
     gated = fixed(demo.model, demo_lora, 0.0)
-    assert training.train_erasure_lora(gated, job, latent).adapter.fingerprint == trained.adapter.fingerprint
+    assert trained_adapter(gated, job, latent).adapter.fingerprint == trained.adapter.fingerprint
 
 
 def test_checkpointing_computes_the_same_adapter(demo, job, trained, latent, monkeypatch):
-    plain = training.HostPredictor.__init__
+    plain = predictors.HostPredictor.__init__
 
     def checkpointing(self, *args: Any) -> None:
         plain(self, *args)
         self.checkpointing = True
 
-    monkeypatch.setattr(training.HostPredictor, "__init__", checkpointing)
-    again = training.train_erasure_lora(demo.model, job, latent)
+    monkeypatch.setattr(predictors.HostPredictor, "__init__", checkpointing)
+    again = trained_adapter(demo.model, job, latent)
     for name, layer in trained.adapter.layers.items():
         torch.testing.assert_close(again.adapter.layers[name].up, layer.up, rtol=1e-3, atol=1e-6)
     assert [n for n, m in demo.model.model.named_modules() if "forward" in m.__dict__] == []
 
 
 def test_out_of_memory_turns_checkpointing_on_and_says_so(demo, job, trained, latent, monkeypatch):
-    whole, raised = training.HostPredictor.__call__, []
+    whole, raised = predictors.HostPredictor.__call__, []
 
     def scarce(self, z: Tensor, timesteps: Tensor, prompts: tuple[str, ...]) -> Tensor:
         if torch.is_grad_enabled() and self.adapting and not self.checkpointing:
@@ -140,9 +143,9 @@ def test_out_of_memory_turns_checkpointing_on_and_says_so(demo, job, trained, la
             raise torch.OutOfMemoryError("no room")
         return whole(self, z, timesteps, prompts)
 
-    monkeypatch.setattr(training.HostPredictor, "__call__", scarce)
+    monkeypatch.setattr(predictors.HostPredictor, "__call__", scarce)
     reports: list[Any] = []
-    again = training.train_erasure_lora(demo.model, job, latent, reports.append)
+    again = trained_adapter(demo.model, job, latent, reports.append)
     assert len(raised) == 1
     assert "gradient checkpointing" in reports[0].text
     assert list(again.losses) == pytest.approx(list(trained.losses), rel=1e-3)
@@ -161,14 +164,14 @@ def interrupting(at: int) -> Any:
 def test_cancelling_ends_the_run_and_leaves_the_model_clean(demo, job, latent):
     before = sums(demo.model.model)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        training.train_erasure_lora(demo.model, job, latent, interrupting(2))
+        trained_adapter(demo.model, job, latent, interrupting(2))
     assert not comfy.model_management.processing_interrupted()
     assert sums(demo.model.model) == before
     assert [n for n, m in demo.model.model.named_modules() if "forward" in m.__dict__] == []
 
 
 def test_cancelling_keeps_the_adapter_so_far_where_that_was_asked_for(demo, job, latent):
-    kept = training.train_erasure_lora(demo.model, replace(job, on_cancel="keep"), latent, interrupting(2))
+    kept = trained_adapter(demo.model, replace(job, on_cancel="keep"), latent, interrupting(2))
     assert len(kept.losses) == 2
     assert kept.adapter.card.settings["iterations"] == 2
     assert kept.adapter.card.settings["asked_iterations"] == 4
@@ -178,7 +181,7 @@ def test_cancelling_keeps_the_adapter_so_far_where_that_was_asked_for(demo, job,
 def test_a_learning_rate_that_diverges_stops_with_a_sentence_and_a_clean_model(demo, job, latent):
     wild = replace(job, recipe=replace(QUICK, iterations=40, rate_down=1e8, rate_up=1e8))
     with pytest.raises(core.TrainingError, match=r"training diverged at iteration \d+.*lower them"):
-        training.train_erasure_lora(demo.model, wild, latent)
+        trained_adapter(demo.model, wild, latent)
     assert [n for n, m in demo.model.model.named_modules() if "forward" in m.__dict__] == []
 
 
@@ -193,13 +196,12 @@ def test_previews_are_sent_to_the_page_every_n_iterations_and_at_the_end(demo, j
         comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: sent.append((value, preview))
     )
     previewed = replace(job, recipe=replace(QUICK, iterations=5, refresh=5, check=0), preview_every=2)
-    announcer = pack_module("unguide_comfy.announcing").Announcer(demo.model, previewed.recipe.iterations)
-    training.train_erasure_lora(demo.model, previewed, latent, announcer)
-    pictures = {value: preview for value, preview in sent if preview is not None}
-    assert list(pictures) == [2, 4, 5]
-    assert {preview[0] for preview in pictures.values()} == {"JPEG"}
-    drawn = [preview[1].resize((8, 8)).tobytes() for preview in pictures.values()]
-    assert len(set(drawn)) == 3
+    display = shows.TrainingDisplay(demo.model, previewed.recipe.iterations)
+    trained_adapter(demo.model, previewed, latent, display)
+    images = {value: preview for value, preview in sent if preview is not None}
+    assert list(images) == [2, 4, 5]
+    assert {preview[0] for preview in images.values()} == {"JPEG"}
+    assert len({preview[1].resize((8, 8)).tobytes() for preview in images.values()}) == 3
 
 
 @pytest.fixture
@@ -229,7 +231,7 @@ def test_a_quantised_model_is_trained_on_and_stays_as_it_is(demo_weights, job, t
     assert layer.weight.is_inference()
     assert type(layer.weight) is not torch.nn.Parameter
     before = {name: digest(weight) for name, weight in model.model.state_dict().items()}
-    low = training.train_erasure_lora(model, job, latent)
+    low = trained_adapter(model, job, latent)
     assert {name: digest(weight) for name, weight in model.model.state_dict().items()} == before
     assert list(low.losses) == pytest.approx(list(trained.losses), rel=0.25)
     assert all(torch.count_nonzero(layer.up) for layer in low.adapter.layers.values())
@@ -239,7 +241,7 @@ def test_a_quantised_model_is_trained_on_and_stays_as_it_is(demo_weights, job, t
 def test_a_model_in_low_precision_trains_a_float32_adapter_and_stays(demo_weights, job, trained, latent, dtype):
     model = comfy.sd.load_diffusion_model_state_dict(demo_weights, model_options={"dtype": dtype})
     before = sums(model.model)
-    low = training.train_erasure_lora(model, job, latent)
+    low = trained_adapter(model, job, latent)
     assert sums(model.model) == before
     assert {layer.up.dtype for layer in low.adapter.layers.values()} == {torch.float32}
     assert list(low.losses) == pytest.approx(list(trained.losses), rel=0.25)
@@ -255,7 +257,7 @@ def golden_job(manifest, recipe):
     }
     prompts = texts.TrainingPrompts((texts.Pair(TARGET, REFERENCE),), (), EMPTY)
     paper = replace(recipes.PRESETS["paper"], schedule_steps=10, iterations=3)
-    return training.Job(paper, prompts, conditionings)
+    return jobs.Job(paper, prompts, conditionings, Card())
 
 
 @pytest.fixture
@@ -264,7 +266,7 @@ def golden_start(monkeypatch, manifest) -> Iterator[dict[str, Tensor]]:
     saved = load_file(GOLDEN / "c_train_main.safetensors")
     low_rank = pack_module("unguide_core.adapter").LowRank
 
-    def start(model: Any, job: Any, device: Any) -> dict[str, Any]:
+    def start(*arguments: Any) -> dict[str, Any]:
         modules = [
             k.removesuffix(".lora.A").removeprefix("it0/before/")
             for k in saved
@@ -284,7 +286,7 @@ def golden_start(monkeypatch, manifest) -> Iterator[dict[str, Tensor]]:
         for n, it in enumerate(manifest["train_main"]["iterations"])
     ]
     plain = core.Training.__init__
-    monkeypatch.setattr(training, "_fresh", start)
+    monkeypatch.setattr(jobs, "trainable_layers", start)
     monkeypatch.setattr(core.Training, "__init__", lambda self, *a, **k: plain(self, *a, **k, draws=iter(draws)))
     return saved
 
@@ -292,7 +294,7 @@ def golden_start(monkeypatch, manifest) -> Iterator[dict[str, Tensor]]:
 def test_the_official_loop_in_the_host_is_the_official_trainer(golden_model, golden_job, golden_start, manifest):
     """Whole iterations: latents sampled by the adapted model, targets, losses, gradients, Adam."""
     saved, facts = golden_start, manifest["train_main"]
-    found = training.train_erasure_lora(golden_model, golden_job, torch.zeros_like(saved["it0/start_code"]))
+    found = trained_adapter(golden_model, golden_job, torch.zeros_like(saved["it0/start_code"]))
     for loss, iteration in zip(found.losses, facts["iterations"], strict=True):
         print(
             f"golden C, host's trainer, loss: {abs(loss - iteration['loss_recomputed']):.2e} (limit {LIMITS['loss']})"
@@ -311,13 +313,12 @@ def test_the_official_loop_in_the_host_is_the_official_trainer(golden_model, gol
 # ---------------------------------------------------------------- the node
 
 
-WORDS = {"concept": "cat", "reference": "forest", "synonyms": "kitty"}
+WORDS = {"concept": "cat", "generate_instead": "forest", "synonyms": "kitty"}
 FEW = {"sampling_steps": 2, "scenes": "", "keep_prompts": "\na photo of the dog"}
 WIDGETS = {"preset": "selective", "layers": "object", "iterations": 2, "learning_rate": 0.0, "seed": 0}
 
 
 def test_the_node_gives_an_erasure_lora_that_the_sampler_takes_and_the_hosts_loss_map(demo, latent):
-    import comfy.samplers
     from comfy_extras.nodes_train import LossGraphNode
 
     out = node.execute(demo.model, {"samples": latent}, **WORDS, **WIDGETS, **FEW, clip=demo.clip)
@@ -327,13 +328,11 @@ def test_the_node_gives_an_erasure_lora_that_the_sampler_takes_and_the_hosts_los
     card = lora.adapter.card
     assert (card.concept, card.synonyms, card.objective) == ("cat", ("kitty",), "selective")
     assert card.calibration["latent"] == (4, 8, 8)
-    assert card.calibration["levels"]["influence"][0]["baseline"] > 0
-    guided = fixed(demo.model, lora, 0.0)
-    guider = comfy.samplers.CFGGuider(guided)
-    guider.set_conds(demo.encode("a photo of the cat"), demo.encode(""))
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    drawn = guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), torch.tensor([14.0, 3.0, 0.0]))
-    assert drawn.isfinite().all()
+    level = card.calibration["levels"]["influence"][0]
+    assert level["others"]["count"] >= 12
+    assert level["baseline"] > 0
+    image = ksampler(fixed(demo.model, lora, 0.0), demo.encode(TARGET), demo.encode(""), steps=2)
+    assert image.isfinite().all()
     assert LossGraphNode.define_schema().inputs[0].io_type == "LOSS_MAP"
     json.dumps(losses)
 
@@ -343,7 +342,7 @@ def test_the_node_trains_on_connected_prompts_without_a_clip(demo, latent):
     out = node.execute(
         demo.model,
         {"samples": latent},
-        **{**WORDS, "concept": "", "reference": "", "synonyms": ""},
+        **{**WORDS, "concept": "", "generate_instead": "", "synonyms": ""},
         **WIDGETS,
         sampling_steps=2,
         **{name: demo.encode(prompt) for name, prompt in given.items()},
@@ -356,8 +355,16 @@ def test_the_node_trains_on_connected_prompts_without_a_clip(demo, latent):
     assert card.calibration == {}
 
 
-@pytest.mark.parametrize("changes", [{"preset": "paper", "sampling_steps": 10}, {"target": TARGET}])
-def test_with_a_clip_every_training_ends_with_a_calibration_by_prompts_that_it_never_saw(demo, latent, changes):
+@pytest.mark.parametrize("changes", [{"preset": "paper", "sampling_steps": 10}, {"target": TARGET}], ids=str)
+def test_with_a_clip_every_training_ends_with_a_calibration(demo, latent, changes, monkeypatch):
+    """Here on few prompts."""
+    prompts = finishes.calibration_prompts
+
+    def few(*arguments: Any) -> tuple[list[str], list[str]]:
+        own, others = prompts(*arguments)
+        return own[:1], others[:8]
+
+    monkeypatch.setattr(finishes, "calibration_prompts", few)
     connected = {"target": TARGET, "reference_prompt": REFERENCE, "neutral": EMPTY} if "target" in changes else {}
     given = {name: demo.encode(prompt) for name, prompt in connected.items()}
     out = node.execute(
@@ -365,7 +372,7 @@ def test_with_a_clip_every_training_ends_with_a_calibration_by_prompts_that_it_n
     )
     (lora,), _ = out.args
     level = lora.adapter.card.calibration["levels"]["influence"][0]
-    assert level["others"]["count"] >= 12
+    assert level["others"]["count"] == 8
     assert level["baseline"] > 0
     assert (lora.concept_prompt, lora.adapter.card.reference) == (TARGET, REFERENCE)
 
@@ -389,24 +396,26 @@ def failing(error: Exception) -> Any:
     return calibrated
 
 
-def test_what_was_trained_is_not_lost_with_its_calibration(demo, latent, monkeypatch, caplog):
+def test_what_was_trained_is_not_lost_with_its_calibration(demo, job, latent, monkeypatch, caplog):
+    """One training, finished three times."""
+    done = jobs.train(demo.model, job, latent)
+    monkeypatch.setattr(finishes, "train", lambda *arguments: done)
     inputs = {**WORDS, **WIDGETS, **FEW, "clip": demo.clip}
+    monkeypatch.setattr(finishes, "calibrate", failing(torch.OutOfMemoryError("no room")))
+    (lora,), _ = node.execute(demo.model, {"samples": latent}, **inputs).args
+    assert lora.adapter.card.calibration == {}
+    assert "is trained, but not calibrated (no room); use Calibrate Erasure LoRA" in caplog.text
     interrupt = comfy.model_management.InterruptProcessingException()
-    with monkeypatch.context() as broken:
-        broken.setattr(training.calibration, "calibrated", failing(torch.OutOfMemoryError("no room")))
-        (lora,), _ = node.execute(demo.model, {"samples": latent}, **inputs).args
-        assert lora.adapter.card.calibration == {}
-        assert "is trained, but not calibrated (no room); use Calibrate Erasure LoRA" in caplog.text
-        broken.setattr(training.calibration, "calibrated", failing(interrupt))
-        (lora,), _ = node.execute(demo.model, {"samples": latent}, **inputs, on_cancel="keep").args
-        assert lora.adapter.card.calibration == {}
-        with pytest.raises(comfy.model_management.InterruptProcessingException):
-            node.execute(demo.model, {"samples": latent}, **inputs)
+    monkeypatch.setattr(finishes, "calibrate", failing(interrupt))
+    (lora,), _ = node.execute(demo.model, {"samples": latent}, **inputs, on_cancel="keep").args
+    assert lora.adapter.card.calibration == {}
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        node.execute(demo.model, {"samples": latent}, **inputs)
 
 
 def test_reports_say_what_is_left_from_the_second_iteration_on(demo, job, latent):
     reports: list[Any] = []
-    training.train_erasure_lora(demo.model, job, latent, reports.append)
+    trained_adapter(demo.model, job, latent, reports.append)
     assert "left" not in reports[0].text
     assert reports[1].left > 0
     assert reports[1].text.endswith("s left")
@@ -417,12 +426,12 @@ def test_reports_say_what_is_left_from_the_second_iteration_on(demo, job, latent
     ("changes", "words"),
     [
         ({"concept": ""}, "no concept is named"),
-        ({"reference": ""}, "no reference"),
-        ({"reference": "cat"}, "nothing to learn"),
+        ({"generate_instead": ""}, "no reference"),
+        ({"generate_instead": "cat"}, "nothing to learn"),
         ({"layers": "custom"}, "pattern is empty"),
         ({"layers": "custom", "layer_pattern": "nowhere"}, "matches none of this model's"),
         ({"clip": None}, "no CLIP is connected"),
-        ({"clip": None, "target": [[torch.zeros(1, 77, 768), {}]]}, "reference, neutral"),
+        ({"clip": None, "target": [[torch.zeros(1, 77, 768), {}]]}, "reference_prompt, neutral"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(demo, latent, changes, words):
@@ -448,4 +457,4 @@ def test_a_model_without_discrete_timesteps_is_refused(demo, job, latent):
     model = demo.model.clone()
     model.add_object_patch("model_sampling", Flow())
     with pytest.raises(ValueError, match="1000 discrete timesteps"):
-        training.train_erasure_lora(model, job, latent)
+        trained_adapter(model, job, latent)

@@ -12,7 +12,7 @@ import torch
 
 from dev.host import Host
 from tests.conftest import pack_module
-from tests.host.conftest import CHECKPOINT, Demo, demo, demo_lora, inference_mode  # noqa: F401  (fixtures)
+from tests.host.conftest import CHECKPOINT, Demo, demo, demo_lora, inference_mode, trained_adapter  # noqa: F401
 from unguide_core.adapter import Adapter
 from unguide_core.adapter.names import UNET, renamed
 from unguide_train.config import Config, from_values
@@ -38,15 +38,17 @@ def in_the_graph(model: Any, encode: Callable[[str], Any], config: Config) -> An
         encode: a prompt's CONDITIONING.
     """
     core, recipes = pack_module("unguide_core.training.prompts"), pack_module("unguide_core.training.recipe")
-    training = pack_module("unguide_comfy.training")
+    card = pack_module("unguide_core.adapter").Card
     (concept,) = config.concepts
     theirs = config.prompts_of(concept)
     pairs = tuple(core.Pair(pair.target, pair.reference) for pair in theirs.erased)
     prompts = core.TrainingPrompts(pairs, theirs.kept, theirs.neutral)
     recipe = recipes.Recipe(**config.full_recipe.__dict__)
-    job = training.Job(recipe, prompts, {name: encode(name) for name in prompts.names})
+    texts = {"target": pairs[0].target, "reference": pairs[0].reference, "neutral": theirs.neutral}
+    conditionings = {name: encode(name) for name in prompts.names}
+    job = pack_module("unguide_comfy.train.job").Job(recipe, prompts, conditionings, card(**texts))
     with torch.inference_mode():
-        return training.train_erasure_lora(model, job, torch.zeros(1, *SHAPE))
+        return trained_adapter(model, job, torch.zeros(1, *SHAPE))
 
 
 def put_on(unet: Any, adapter: Adapter) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,12 +12,11 @@ from tests.conftest import pack_module
 from tests.train.conftest import SHAPE, in_the_graph, put_on
 from unguide_core.formats import load_adapter, save_adapter
 from unguide_core.training.recipe import PRESETS
-from unguide_train.config import from_values
+from unguide_train.config import Config, from_values
 from unguide_train.job import train_concept
 from unguide_train.model import DiffusersPredictor, load_base
 
-training = pack_module("unguide_comfy.training")
-core = pack_module("unguide_core.training.recipe")
+kohya_names = pack_module("unguide_comfy.train.predictor")._kohya_names
 # the two programs' float32 arithmetic differs in its order; Adam's first steps amplify it where a gradient is near 0
 LIMITS = {"eps": 1e-4, "loss, relative": 1e-3, "change of weights, relative": 1e-2}
 
@@ -54,7 +53,7 @@ def test_both_trainers_give_the_same_adapter_from_the_same_seed(demo, settings, 
     graph = {name: layer for name, layer in there.adapter.layers.items()}
     assert summary.evaluations == there.adapter.card.settings["evaluations"]
     assert summary.loss == pytest.approx(there.losses[-1], rel=LIMITS["loss, relative"])
-    names = training._kohya_names(demo.model.model)
+    names = kohya_names(demo.model.model)
     assert {names[path] for path in graph} == set(here.layers)
     largest = 0.0
     for path, layer in graph.items():
@@ -85,10 +84,9 @@ def test_each_trainers_file_does_the_same_in_the_other_program(demo, config, tmp
                 moved[name] = predict(z, times, [prompt]) - before
     assert float(moved["ours"].norm()) > 0
     torch.testing.assert_close(moved["graph"], moved["ours"], rtol=0.05, atol=1e-4)
-    match = pack_module("unguide_comfy.matching").match_layers
-    assert len(
-        match(pack_module("unguide_core.formats").load_adapter(tmp_path / "cat.safetensors"), demo.model.model, "cat")
-    ) == len(ours.layers)
+    read = pack_module("unguide_core.formats").load_adapter(tmp_path / "cat.safetensors")
+    match = pack_module("unguide_comfy.lora.match").match
+    assert len(match(read, demo.model.model, "cat").layers) == len(ours.layers)
 
 
 def load_and_reload(adapter, path: Path):
@@ -97,8 +95,10 @@ def load_and_reload(adapter, path: Path):
     return load_adapter(path)
 
 
-def test_the_presets_are_the_same_ones():
-    assert {name: recipe.to_settings() for name, recipe in PRESETS.items()} == {
-        name: recipe.to_settings() for name, recipe in core.PRESETS.items()
-    }
-    assert replace(PRESETS["paper"]) == PRESETS["paper"]
+def test_both_programs_offer_the_same_presets_with_the_same_defaults():
+    """What a preset is, is `unguide_core`'s; each program names those that it offers, and which one is the default."""
+    node = pack_module("nodes.train").TrainErasureLora.GET_SCHEMA()
+    offered = next(part for part in node.inputs if part.id == "preset")
+    field = Config.model_fields["preset"]
+    assert set(get_args(field.annotation)) == set(offered.options) == set(PRESETS)
+    assert field.default == offered.default

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-import nodes as host
 from demo.captions import words_for
 from demo.erasure import LORAS, path_of
 from tests.conftest import pack_module
-from tests.host.conftest import Demo
+from tests.host.conftest import Demo, Observer, guided, ksampler
 from tests.train.conftest import put_on
 from unguide_core.formats import load_adapter
 from unguide_core.probe.calibration import PROBED_STEPS, Calibration, CalibrationPrompts
@@ -30,15 +29,12 @@ OTHERS = ["", *(f"a photo of the {word}" for word in ("dog", "bird", "ship", "tr
 
 
 def decided(demo: Demo, lora: Any, prompt: str) -> Any:
-    """What the host's gate decides with its defaults."""
-    gating, deciding = pack_module("unguide_comfy.gating"), pack_module("unguide_comfy.deciding")
-    reports: list[Any] = []
+    """What the host's gate decides with its defaults, at its step of the image."""
+    observer = Observer()
     with torch.inference_mode():
-        gate = gating.Gate(gating.PROBE, deciding.ProbeSettings())
-        model = gating.guided(demo.model, (lora,), gate, observer=reports.append)
-        latent = {"samples": torch.zeros(1, *SHAPE)}
-        host.common_ksampler(model, 3, 4, 4.0, "euler", "normal", demo.encode(prompt), demo.encode(""), latent)
-    return reports[0].outcomes[0].decision
+        model = guided(demo.model, lora, observer=observer)
+        ksampler(model, demo.encode(prompt), demo.encode(""), steps=20, last_step=3)
+    return observer.decision
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +75,10 @@ def test_the_hosts_gate_goes_by_it_where_nothing_patches_the_model(found: Calibr
         assert decision.statistic == "influence"
         detected[prompt] = decision.detected
     assert list(detected.values()) == [True, False]
-    identity, patched = pack_module("unguide_comfy.identity"), demo.model.clone()
-    assert identity.is_called(demo.model, found.model, "")
+    matches_model, patched = pack_module("unguide_comfy.model.key").matches_model, demo.model.clone()
+    assert matches_model(found.model, demo.model, "")
     patched.add_object_patch("model_sampling", patched.get_model_object("model_sampling"))
-    assert not identity.is_called(patched, found.model, "")
+    assert not matches_model(found.model, patched, "")
 
 
 def test_what_was_trained_is_not_lost_where_memory_runs_out_in_its_calibration(settings, monkeypatch, caplog) -> None:

@@ -17,7 +17,8 @@ TRAINING = "5_train_erasure_lora"
 COLUMNS = ("1: base", "2: LoRA only", "3: UnGuide")
 # fewer than the files have, to save time: nothing below depends on it
 STEPS = 10
-FEW = {"iterations": 3, "sampling_steps": 2, "scenes": ""}
+KEPT = "\n".join(f"a photo of the {word}" for word in ("dog", "bird", "ship", "car", "forest", "sea", "sky", "house"))
+FEW = {"iterations": 3, "sampling_steps": 2, "scenes": "", "keep_prompts": KEPT}
 IMAGE_NODES = ("SaveImage", "PreviewImage", "LossGraphNode")
 # these workflows show a report
 REPORTING = ("1_quick_start", "2_probe_then_sample", COMPARISON)

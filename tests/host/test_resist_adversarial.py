@@ -1,0 +1,98 @@
+"""Resisting adversarial text: detected by influence or alignment, erased by the change on the concept's prompt."""
+
+import pytest
+import torch
+
+from demo.erasure import photo
+from dev.benchmark import attacks
+from dev.benchmark.methods import gate
+from dev.benchmark.studio import STEPS, judged, studio
+
+SEEDS = (700_001, 700_002)
+CAT, DOG = photo("cat"), photo("dog")
+
+
+def generated(prompt, strength=1.0, **chosen):
+    """Images behind the cat's gate, of a prompt or text states."""
+    at = studio()
+    positive = at.encode(prompt) if isinstance(prompt, str) else prompt
+    with torch.inference_mode():
+        return at.guided(at.lora("selective", "cat", strength), positive, SEEDS, gate(at, **chosen))
+
+
+def resisting(prompt, **chosen):
+    return generated(prompt, resist_adversarial=True, **chosen)
+
+
+def base(prompt):
+    at = studio()
+    with torch.inference_mode():
+        return at.generate(at.model, at.encode(prompt) if isinstance(prompt, str) else prompt, SEEDS)
+
+
+def shown(images):
+    return [label for label, _ in judged(studio().images(images.latents))]
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Text states for which the model with the cat's erasure LoRA generates cats."""
+    at = studio()
+    with torch.inference_mode():
+        latents = at.generate(at.model, at.encode(CAT), range(16)).latents
+        return attacks.optimised("cat", latents, at.lora("selective", "cat"))
+
+
+def test_optimised_text_gets_past_the_lora_and_its_influence(optimised):
+    """The attack works, or the tests below would say nothing."""
+    found = generated(optimised)
+    assert shown(found) == ["cat", "cat"]
+    assert found.detected == (False, False)
+
+
+def test_alignment_detects_optimised_text_and_the_lora_alone_does_not_erase_it(optimised):
+    found = generated(optimised, statistic="alignment")
+    assert found.detected == (True, True)
+    assert shown(found) == ["cat", "cat"]
+
+
+@pytest.mark.parametrize("chosen", [{}, {"on_detection": "restart"}, {"decide": "before sampling"}], ids=str)
+def test_optimised_text_is_detected_and_erased(chosen, optimised):
+    found = resisting(optimised, **chosen)
+    assert found.detected == (True, True)
+    assert "cat" not in shown(found)
+
+
+def test_the_concept_itself_is_erased_too_at_two_more_evaluations_a_step():
+    found = resisting(CAT)
+    assert "cat" not in shown(found)
+    after = STEPS - 1  # the probe is in the second step, which erases already
+    assert found.evaluations == 2 * STEPS + 2 + 2 * after
+
+
+def test_an_unrelated_image_stays_bit_identical_at_two_evaluations():
+    found = resisting(DOG)
+    assert found.detected == (False, False)
+    assert torch.equal(found.latents, base(DOG).latents)
+    assert found.evaluations == 2 * STEPS + 2
+
+
+def test_only_the_samples_that_were_detected_change():
+    at = studio()
+    (cat, options), (dog, _) = at.encode(CAT)[0], at.encode(DOG)[0]
+    both = [[torch.cat([cat, dog]), options]]
+    found, plain = resisting(both), base(both)
+    assert found.detected == (True, False)
+    assert torch.equal(found.latents[1], plain.latents[1])
+    assert shown(found)[0] != "cat"
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_on_the_concepts_own_prompt_it_is_the_adapted_prediction(strength, monkeypatch):
+    """base(T) + (adapted(T) - base(T)) = adapted(T): without guidance the same image as the LoRA's alone."""
+    monkeypatch.setattr("dev.benchmark.studio.CFG", 1.0)
+    alone, concept = (
+        generated(CAT, strength, decide="always erase", resist_adversarial=resist) for resist in (False, True)
+    )
+    torch.testing.assert_close(concept.latents, alone.latents, rtol=0.0, atol=1e-3)
+    assert (alone.latents - base(CAT).latents).abs().max() > 1.0
