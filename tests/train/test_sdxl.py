@@ -33,7 +33,7 @@ LAYERS = 3
 TABLE = "{}embeddings.token_embedding.weight"
 PROMPTS = ("a photo of the cat", "")
 # as in test_agreement, but for the last: random weights leave more gradients near 0, whose signs Adam's steps follow
-LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "change of weights, relative": 3e-2}
+LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "change of weights, relative": 1e-1}
 
 
 @dataclass(frozen=True)
