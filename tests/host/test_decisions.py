@@ -264,6 +264,19 @@ def test_a_calibration_is_not_used_for_a_patched_model_and_the_report_says_so(pa
     assert "the calibration is for another model" in found.reason
 
 
+def test_a_model_that_a_calibration_names_by_its_weights_is_hashed_before_sampling(demo, demo_lora, monkeypatch):
+    """Inside a step it would take long, without progress and deaf to Cancel."""
+    card = demo_lora.adapter.card
+    card = dataclasses.replace(card, calibration={**card.calibration, "model": card.base_hash})
+    lora = dataclasses.replace(demo_lora, adapter=dataclasses.replace(demo_lora.adapter, card=card))
+    keys._hashes.pop(demo.model.model, None)
+    observer = Observer()
+    model = guided(demo.model, lora, observer=observer)
+    monkeypatch.setattr(keys, "weights_hash", None)
+    ksampler(model, demo.encode(CAT), demo.encode(""), **TO_THE_PROBE)
+    assert observer.decision.statistic == "influence"
+
+
 @pytest.mark.parametrize("hooked", ["positive", "negative"])
 def test_a_calibration_is_not_used_where_hooks_change_the_model(hooked, demo, demo_lora):
     ship = load("selective", "ship", demo)

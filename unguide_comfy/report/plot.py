@@ -21,7 +21,7 @@ PAPER, INK, FAINT, SHADE, ACCENT = "#f7f7f5", "#1f2328", "#6e7781", "#d8dee4", "
 LEGEND = (
     "circle: prompt   square: neutral prompt   triangle: the concept's own prompt   band: their spread   "
     "dashed: threshold",
-    "map: where the erasure LoRA acts on the prompt; 1 (darkest) is its mean effect on the concept's own prompt",
+    "map: where the erasure LoRA acts on the prompt, darkest where most; 1 is its mean effect on its own concept",
 )
 
 
@@ -130,7 +130,8 @@ def _draw_map(image: Image.Image, draw: ImageDraw.ImageDraw, found: torch.Tensor
     """Dark where the adapter acts, with its highest value in words."""
     height, width = found.shape
     scale = MAP / max(height, width)
-    shades = (255.0 * (1.0 - found.clamp(0.0, 1.0))).round().to(torch.uint8).numpy()
+    darkest = max(1.0, float(found.max()))
+    shades = (255.0 * (1.0 - found.clamp(min=0.0) / darkest)).round().to(torch.uint8).numpy()
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     image.paste(Image.fromarray(shades, "L").resize(size, Image.Resampling.NEAREST), (MAP_LEFT, top))
     draw.rectangle((MAP_LEFT, top, MAP_LEFT + size[0] - 1, top + size[1] - 1), outline=INK)
