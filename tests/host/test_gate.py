@@ -265,13 +265,11 @@ def test_the_probes_step_is_one_of_the_runs_before_the_silhouette_is_settled(sch
             assert steps_of.progress(own, float(sigmas[step])) == pytest.approx(2 / 20, abs=1.1 / 20)
 
 
-def split(args: dict[str, Any]) -> list[torch.Tensor]:
-    """Predicts as a patch does that goes round every wrapper of the host's batches."""
-    parts = args["model"], args["input"], args["sigma"], args["model_options"]
-    model, x, sigma, options = parts
+def split(model: Any, conds: Any, x: torch.Tensor, sigma: torch.Tensor, options: Any) -> list[torch.Tensor]:
+    """Predicts as patches and guiders do that go round every wrapper of the host's batches."""
     return [
         torch.zeros_like(x) if cond is None else comfy.samplers._calc_cond_batch(model, [cond], x, sigma, options)[0]
-        for cond in args["conds"]
+        for cond in conds
     ]
 
 
@@ -279,7 +277,8 @@ def split(args: dict[str, Any]) -> list[torch.Tensor]:
 def patched(demo):
     """The demo with a model whose predictions do not pass by the gate."""
     model = demo.model.clone()
-    model.set_model_sampler_calc_cond_batch_function(split)
+    names = "model", "conds", "input", "sigma", "model_options"
+    model.set_model_sampler_calc_cond_batch_function(lambda args: split(*(args[name] for name in names)))
     return Demo(model, demo.clip, demo.vae)
 
 
@@ -302,27 +301,36 @@ class Around(comfy.samplers.CFGGuider):
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         conds = [self.conds["positive"], self.conds["negative"]]
-        found = split({"model": self.inner_model, "conds": conds, "input": x, "sigma": timestep, "model_options": model_options})  # fmt: skip  # noqa: E501
-        return found[1] + self.cfg * (found[0] - found[1])
+        positive, negative = split(self.inner_model, conds, x, timestep, model_options)
+        return negative + self.cfg * (positive - negative)
+
+
+def around(demo: Demo, model: Any, prompt: str) -> torch.Tensor:
+    guider = Around(model)
+    guider.set_conds(demo.encode(prompt), demo.encode(""))
+    guider.set_cfg(4.0)
+    return sample_with(guider, model)
 
 
 @pytest.mark.parametrize(("prompt", "weight_otherwise"), [(CAT, 1.0), (UNRELATED[0], 1.0), (UNRELATED[0], 2.0)])
 def test_a_run_that_ends_undecided_is_decided_then_and_generated_again_if_need_be(
     prompt, weight_otherwise, demo, demo_lora
 ):
-    def image(model: Any) -> torch.Tensor:
-        guider = Around(model)
-        guider.set_conds(demo.encode(prompt), demo.encode(""))
-        guider.set_cfg(4.0)
-        return sample_with(guider, model)
-
     observer = Observer()
-    found = image(guided(demo.model, demo_lora, observer=observer, weight_otherwise=weight_otherwise))
+    model = guided(demo.model, demo_lora, observer=observer, weight_otherwise=weight_otherwise)
+    image = around(demo, model, prompt)
     decided = {True: 0.0, False: weight_otherwise}[prompt == CAT]
     fixed = guided(demo.model, demo_lora, decide="always erase", weight_detected=decided)
     assert observer.verdicts[0].weights == (decided,)
-    assert torch.equal(found, image(fixed))
+    assert torch.equal(image, around(demo, fixed, prompt))
     assert observer.cost.evaluations["wasted"] == (0 if decided == 1.0 else 2 * STEPS)
+
+
+@pytest.mark.parametrize("decide", ["during sampling", "before sampling", "always erase"])
+def test_a_guider_that_does_not_pass_by_the_gate_cannot_undo_the_resistance(decide, demo, demo_lora):
+    model = guided(demo.model, demo_lora, decide=decide, resist_adversarial=True)
+    image = around(demo, demo.model, CAT)
+    assert (around(demo, model, CAT) - image).norm() > 0.1 * image.norm()
 
 
 # on detection

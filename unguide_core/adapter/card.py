@@ -68,14 +68,14 @@ class Card:
         for name in _TEXT_FIELDS:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"the card's {name} is {getattr(self, name)!r}; expected text")
+        if not isinstance(self.synonyms, tuple) or not all(isinstance(word, str) for word in self.synonyms):
+            raise ValueError(f"the card's synonyms are {self.synonyms!r}; expected a tuple of texts")
         for text in (self.concept, self.target, self.reference, self.neutral, *self.synonyms):
             if len(text) > TEXT_LIMIT:  # these are encoded, which takes time and memory in proportion
                 raise ValueError(
                     f"the card has a prompt of {len(text)} characters; expected {TEXT_LIMIT} at most: the file is "
                     "damaged, or not an erasure LoRA"
                 )
-        if not isinstance(self.synonyms, tuple) or not all(isinstance(word, str) for word in self.synonyms):
-            raise ValueError(f"the card's synonyms are {self.synonyms!r}; expected a tuple of texts")
         if not _is_number(self.version) or self.version != int(self.version):
             raise ValueError(f"the card's version is {self.version!r}; expected a whole number")
         if self.rank is not None and (not _is_number(self.rank) or self.rank != int(self.rank) or self.rank < 1):
