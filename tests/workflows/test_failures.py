@@ -79,7 +79,7 @@ def test_a_value_out_of_range_is_refused_by_name(server: Server) -> None:
 
 
 def test_a_probe_longer_than_its_schedule_is_refused_before_anything_runs(server: Server) -> None:
-    with pytest.raises(PromptRejectedError, match="UnGuideSettings.*probe_steps is 20 and probe_schedule_steps 20"):
+    with pytest.raises(PromptRejectedError, match=r"UnGuideSettings.*probe_steps is 20 and probe_schedule_steps 20"):
         server.api.run(twin("1_quick_start", settings={"probe_steps": 20}, steps=1))
 
 
