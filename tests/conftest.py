@@ -10,8 +10,25 @@ from dev.workspace import PACK as ROOT
 __all__ = ["ROOT", "load_pack", "pack_module", "start_host"]
 
 
+SLOW = (
+    *("host/test_architectures.py", "host/test_benchmark.py", "host/test_blending.py", "host/test_decisions.py"),
+    *("host/test_foreign.py", "host/test_gate.py", "host/test_golden_training.py", "host/test_matrix.py"),
+    *(
+        "host/test_resist_adversarial.py",
+        "host/test_training.py",
+        "workflows/test_demo.py",
+        "workflows/test_failures.py",
+    ),
+    *("workflows/test_runs.py", "bench/test_runs.py", "bench/test_technique.py", "train/"),
+)
+"""Below tests/, what takes more than half a minute: training, sampling at length, servers that run whole workflows."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything below tests/host and tests/workflows needs the host, and is marked so."""
+    """Mark what needs the host, and what `python3 dev test --quick` leaves out."""
     for item in items:
-        if {"host", "workflows"} & set(item.path.relative_to(ROOT).parts):
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        if path.startswith(("host/", "workflows/")):
             item.add_marker(pytest.mark.host)
+        if path.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
