@@ -19,7 +19,13 @@ SLOW = (
         "workflows/test_demo.py",
         "workflows/test_failures.py",
     ),
-    *("workflows/test_runs.py", "bench/test_runs.py", "bench/test_technique.py", "train/"),
+    *(
+        "workflows/test_failures.py",
+        "workflows/test_runs.py",
+        "bench/test_runs.py",
+        "bench/test_technique.py",
+        "train/",
+    ),
 )
 """Below tests/, what takes more than half a minute: training, sampling at length, servers that run whole workflows."""
 
