@@ -11,21 +11,23 @@ __all__ = ["ROOT", "load_pack", "pack_module", "start_host"]
 
 
 SLOW = (
-    *("host/test_architectures.py", "host/test_benchmark.py", "host/test_blending.py", "host/test_decisions.py"),
-    *("host/test_foreign.py", "host/test_gate.py", "host/test_golden_training.py", "host/test_matrix.py"),
-    *(
-        "host/test_resist_adversarial.py",
-        "host/test_training.py",
-        "workflows/test_demo.py",
-        "workflows/test_failures.py",
-    ),
-    *(
-        "workflows/test_failures.py",
-        "workflows/test_runs.py",
-        "bench/test_runs.py",
-        "bench/test_technique.py",
-        "train/",
-    ),
+    "host/test_architectures.py",
+    "host/test_benchmark.py",
+    "host/test_blending.py",
+    "host/test_decisions.py",
+    "host/test_foreign.py",
+    "host/test_gate.py",
+    "host/test_golden_training.py",
+    "host/test_matrix.py",
+    "host/test_resist_adversarial.py",
+    "host/test_training.py",
+    "workflows/test_demo.py",
+    "workflows/test_failures.py",
+    "workflows/test_failures.py",
+    "workflows/test_runs.py",
+    "bench/test_runs.py",
+    "bench/test_technique.py",
+    "train/",
 )
 """Below tests/, what takes more than half a minute: training, sampling at length, servers that run whole workflows."""
 
