@@ -9,7 +9,6 @@ from dev.workspace import PACK as ROOT
 
 __all__ = ["ROOT", "load_pack", "pack_module", "start_host"]
 
-
 SLOW = (
     "host/test_architectures.py",
     "host/test_benchmark.py",
@@ -17,12 +16,8 @@ SLOW = (
     "host/test_decisions.py",
     "host/test_foreign.py",
     "host/test_gate.py",
-    "host/test_golden_training.py",
-    "host/test_matrix.py",
-    "host/test_resist_adversarial.py",
     "host/test_training.py",
     "workflows/test_demo.py",
-    "workflows/test_failures.py",
     "workflows/test_failures.py",
     "workflows/test_runs.py",
     "bench/test_runs.py",

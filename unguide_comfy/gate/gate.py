@@ -75,6 +75,8 @@ class Gate:
         self._sigmas = torch.zeros(1)
         self._next: dict[int, int] = {}
         self._restarted = False
+        self.passed = False
+        """Whether the run has passed through `gated_conditionals`, where the concept's change is added."""
 
     @property
     def as_paper(self) -> bool:
@@ -104,13 +106,11 @@ class Gate:
 
     def decide_rest(self, shape: Sequence[int]) -> bool:
         """Decide after sampling what the run left undecided; return whether the image has to be generated again."""
-        left = self._undecided(DURING)
-        if not left:
-            return False
-        self._leave_conditionals()
-        before = list(map(_plain, self.run.weights))
-        self._decide_ahead(left, shape)
-        return list(map(_plain, self.run.weights)) != before
+        before = self.run.active(), list(map(_plain, self.run.weights))
+        if not self.passed:
+            self._leave_conditionals()
+        self._decide_ahead(self._undecided(DURING), shape)
+        return (self.run.active(), list(map(_plain, self.run.weights))) != before
 
     def _leave_conditionals(self) -> None:
         """Erase in the network's forward alone, because the run does not pass through `gated_conditionals`."""
@@ -244,6 +244,7 @@ def gated_conditionals(
     gate: Gate | None = options.get(GATE)
     if gate is None or gate.run.predicting is not None or model is not gate.context.model:
         return out
+    gate.passed = True
     if gate.observe(conds, out, x, sigma) and gate.run.active():
         with gate.run.evaluations.of(None):
             out = executor(model, conds, x, sigma, model_options)
