@@ -118,6 +118,14 @@ def test_a_concept_in_the_negative_prompt_is_detected_where_guidance_pulls_towar
     assert (erased - image).norm() > 0.1 * image.norm()
 
 
+def test_the_same_holds_for_the_second_scale_of_a_dual_guider(demo, demo_lora):
+    observer = Observer()
+    model = guided(demo.model, demo_lora, observer=observer)
+    prompts = demo.encode(UNRELATED[0]), demo.encode(""), demo.encode(CAT)
+    sample_with(custom.DualCFGGuider.execute(model, *prompts, 1.0, 0.0, "regular")[0], model)
+    assert observer.decision.detected
+
+
 def test_a_concept_that_guidance_leads_away_from_is_not_detected(demo, demo_lora):
     observer = Observer()
     positive, cat, empty = demo.encode(UNRELATED[0]), demo.encode(CAT), demo.encode("")

@@ -72,6 +72,9 @@ def guided(
 class GatedSampling:
     """The `SAMPLER_SAMPLE` wrapper: a gate for the run, and the run itself, once or twice."""
 
+    context: type[Context] = Context
+    """What the gate reads of a run: which prompts it probes, above all."""
+
     def __init__(self, branches: Sequence[Branch], observer: RunObserver | None = None):
         self.branches = tuple(branches)
         self.observer = observer
@@ -115,10 +118,14 @@ class GatedSampling:
                 latent = sample()
         finally:  # the gate knows the options that hold it: without this the model would wait for a garbage collection
             extra_args["model_options"]["transformer_options"].pop(GATE)
-        show(gate.verdicts(), finished=True)
+        self.announce(gate.verdicts(), finished=True)
         if self.observer is not None:
             self.observer(gate.verdicts(), gate.cost(len(noise), time.perf_counter() - started))
         return latent
+
+    def announce(self, verdicts: Sequence[Verdict], finished: bool = False) -> None:
+        """Say how things stand, after every decision and at the end."""
+        show(verdicts, finished)
 
     def _gate(
         self,
@@ -137,8 +144,8 @@ class GatedSampling:
         )
         options = carrying(extra_args, **{RUN: run})
         key = model_key(guider.model_patcher)
-        context = Context(guider, run, options["model_options"], key, latent_image, denoise_mask)
-        gate = Gate(branches, context)
+        context = self.context(guider, run, options["model_options"], key, latent_image, denoise_mask)
+        gate = Gate(branches, context, self.announce)
         options["model_options"]["transformer_options"][GATE] = gate
         return gate, options
 

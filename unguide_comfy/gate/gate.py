@@ -60,10 +60,14 @@ class Gate:
     Args:
         branches: the erasure LoRAs on the model, in the order of `context.run`.
         context: the sampling run; its weights are set here, and nowhere else.
+        announce: called with all verdicts after every decision; may raise to end the run.
     """
 
-    def __init__(self, branches: Sequence[Branch], context: Context):
+    def __init__(
+        self, branches: Sequence[Branch], context: Context, announce: Callable[[Sequence[Verdict]], None] = show
+    ):
         self.branches, self.context, self.run = tuple(branches), context, context.run
+        self.announce = announce
         self.delta = ConceptDelta(context)
         self.decisions: list[tuple[Decision, ...]] = []
         for index, branch in enumerate(self.branches):
@@ -102,7 +106,7 @@ class Gate:
                 loras = self._loras(indices)
                 found = decide_as_paper(self.context, branch.settings, shape[1:], loras, branch.start)
             self._take(indices, found)
-        show(self.verdicts())
+        self.announce(self.verdicts())
 
     def decide_rest(self, shape: Sequence[int]) -> bool:
         """Decide after sampling what the run left undecided; return whether the image has to be generated again."""
@@ -159,7 +163,7 @@ class Gate:
                 self._take(indices, decide(predictions, self._loras(indices), settings, step=step, by_sample=True))
         for index in due:
             self._next[index] = step + self.branches[index].settings.recheck_every
-        show(self.verdicts())
+        self.announce(self.verdicts())
         newly = [index for index in due if _detected(self.decisions[index]) > detected[index]]
         if step > 0 and not self._restarted and any(self._restarts(index, float(sigma.max())) for index in newly):
             self._restarted = True

@@ -12,10 +12,13 @@ Result = TypeVar("Result")
 
 
 class Task(comfy.samplers.Sampler, Generic[Result]):
-    """A function in a sampler's place, which `CFGGuider.sample` calls after loading the model; see `run_on_model`."""
+    """A function in a sampler's place, which `CFGGuider.sample` calls after loading the model; see `run_on_model`.
 
-    def __init__(self, function: Callable[[Any, dict[str, Any], torch.Size], Result]):
-        self.function = function
+    No image comes of it, unless it `trains` and shows previews.
+    """
+
+    def __init__(self, function: Callable[[Any, dict[str, Any], torch.Size], Result], trains: bool = False):
+        self.function, self.trains = function, trains
         self.result: Result | None = None
 
     def sample(
@@ -35,7 +38,11 @@ class Task(comfy.samplers.Sampler, Generic[Result]):
 
 
 def run_on_model(
-    guider: Any, latent: torch.Tensor, seed: int, function: Callable[[Any, dict[str, Any], torch.Size], Result]
+    guider: Any,
+    latent: torch.Tensor,
+    seed: int,
+    function: Callable[[Any, dict[str, Any], torch.Size], Result],
+    trains: bool = False,
 ) -> Result:
     """Return what `function(guider, extra_args, shape)` returns, called with the guider's model loaded.
 
@@ -44,8 +51,9 @@ def run_on_model(
         latent: whose shape is used, [B, C, ...]; the function gets the shape of one sample, [C, ...], which is the
             shape that the model's latents have.
         function: called with the guider, its conditionings processed, and a sampling function's `extra_args`.
+        trains: whether it trains an adapter.
     """
-    task = Task(function)
+    task = Task(function, trains)
     zeros = torch.zeros_like(latent[:1])
     guider.sample(zeros, zeros, task, torch.ones(2), seed=seed)
     return task.result  # type: ignore[return-value]

@@ -67,15 +67,15 @@ class Context:
     def prompt(self) -> list[Entry]:
         """The entries of all prompts that the guider pulls the image towards.
 
-        Those are all but the negative ones. Guidance with a scale below 1 pulls towards the negative prompt, too, and
-        with a scale of 0 towards that prompt alone.
+        Those are all but the negative ones. Guidance with a scale below 1 pulls towards the negative prompts, too, and
+        with a scale of 0 towards those alone.
 
         Raises: ValueError if there are none.
         """
         conds = self.guider.conds
         keys = [key for key in conds if key not in _NEGATIVE]
-        if self.cfg is not None and self.cfg < 1.0 and self.negative:
-            keys = ["negative", *(key for key in keys if self.cfg != 0.0 or key != "positive")]
+        if pulled := [key for key in _NEGATIVE if conds.get(key) and self._pulls_to(key)]:
+            keys = [*pulled, *(key for key in keys if self.cfg != 0.0 or key != "positive")]
         entries = [entry for key in keys for entry in conds[key]]
         if not entries:
             raise ValueError(
@@ -83,6 +83,12 @@ class Context:
                 "(CFGGuider, BasicGuider, DualCFGGuider, ...), or let UnGuide Settings always erase"
             )
         return entries
+
+    def _pulls_to(self, negative: str) -> bool:
+        """Whether a negative prompt's share of the guided prediction may be above 0."""
+        scale = getattr(self.guider, "cfg2", self.cfg)  # DualCFGGuider's, and everybody else's
+        away = float(getattr(self.guider, "neg_scale", 0.0))  # PerpNegGuider's, from "negative" alone
+        return (scale is not None and scale < 1.0) or (negative == "negative" and away < 0.0)
 
     @property
     def negative(self) -> list[Entry]:

@@ -105,7 +105,7 @@ def train(model: Any, job: Job, latent: torch.Tensor, observer: TrainingObserver
             options = extra_args["model_options"].get("transformer_options", {})
             return _train(base, guider.inner_model, job, conds, options, shape, observer)
 
-        return run_on_model(guider, one, job.recipe.seed, run)
+        return run_on_model(guider, one, job.recipe.seed, run, trains=True)
 
 
 def _differentiable(conditioning: Conditioning) -> Conditioning:
