@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..unguide_comfy.lora.load import ErasureLora, load_erasure_lora, loading_report
 from ..unguide_core.formats import ENERGY
+from .demo import demo_loras
 from .wires import ErasureLoraWire, advanced, schema
 
 
@@ -25,9 +26,10 @@ class LoadErasureLora(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "lora_name",
-                    options=folder_paths.get_filename_list("loras"),
+                    options=[*folder_paths.get_filename_list("loras"), *demo_loras()],
                     tooltip="The erasure LoRA's file, in models/loras: UnGuide .pth, LECO, SPM, sliders, PEFT, "
-                    "diffusers, ComfyUI; with a model connected also full weights (ESD, UCE, concept ablation).",
+                    "diffusers, ComfyUI; with a model connected also full weights (ESD, UCE, concept ablation). Those "
+                    "under demo/, at the end, are for UnGuide Demo Model.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -118,7 +120,10 @@ class LoadErasureLora(io.ComfyNode):
         model: Any = None,
         erasure_lora: tuple[ErasureLora, ...] = (),
     ) -> io.NodeOutput:
-        loaded = load_erasure_lora(lora_name, strength, clip, concept, alpha or None, model, allow_partial, energy)
+        path = demo_loras().get(lora_name)
+        loaded = load_erasure_lora(
+            lora_name, strength, clip, concept, alpha or None, model, allow_partial, energy, path=path
+        )
         return io.NodeOutput((*erasure_lora, loaded), loading_report(loaded, model))
 
 

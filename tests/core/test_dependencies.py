@@ -20,7 +20,7 @@ EXTRAS |= {"jinja2", "yaml"}
 FORBIDDEN = {
     "unguide_core": OURS - {"unguide_core"} | HOST | EXTRAS,
     "unguide_comfy": OURS - {"unguide_core", "unguide_comfy"} | EXTRAS,
-    "nodes": OURS - {"unguide_core", "unguide_comfy", "nodes"} | EXTRAS | {"numpy", "PIL", "safetensors"},
+    "nodes": OURS - {"unguide_core", "unguide_comfy", "nodes", "demo"} | EXTRAS | {"numpy", "PIL", "safetensors"},
     "unguide_train": OURS - {"unguide_core", "unguide_train"} | HOST,
     "unguide_bench": OURS - {"unguide_core", "unguide_bench", "demo"} | HOST,
 }
@@ -106,6 +106,20 @@ def test_the_core_imports_itself_relatively_for_the_host_loads_the_pack_under_a_
 def test_the_demo_knows_the_host_only_where_it_trains():
     paths = [path for path in modules("demo") if not path.stem.startswith("train")]
     assert violations(paths, HOST | {"unguide_comfy", "unguide_train", "nodes"}) == []
+
+
+def test_one_node_alone_knows_the_demo_and_of_it_only_the_seed():
+    demo = "from ..demo import seed"
+    text = {path.name: path.read_text(encoding="utf-8") for path in modules("nodes")}
+    assert [name for name, code in text.items() if "..demo" in code] == ["demo.py"]
+    assert text["demo.py"].count("..demo") == text["demo.py"].count(demo) == 1
+
+
+def test_the_seeds_reader_needs_torch_and_safetensors_alone_for_it_ships():
+    allowed = {*sys.stdlib_module_names, "torch", "safetensors", "demo"}
+    paths = [REPOSITORY / "demo" / f"{name}.py" for name in ("__init__", "seed", "text", "unet", "vae")]
+    foreign = {(path.name, name) for path in paths for _, name in imports(path) if name not in allowed}
+    assert foreign == {("text.py", "transformers")}  # the tokenizer of its training, imported when it is made
 
 
 def test_the_benchmarks_client_needs_the_standard_library_alone_for_dev_shares_it():

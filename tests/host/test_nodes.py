@@ -21,6 +21,7 @@ IDS = {
         "Settings",
         "TrainErasureLora",
         "SaveErasureLora",
+        "DemoModel",
     )
 }
 

@@ -1,4 +1,4 @@
-"""What travels on ERASURE_LORA wires, and how it is loaded. Files come only from the host's `loras` folders."""
+"""What travels on ERASURE_LORA wires, and how it is loaded, from the host's `loras` folders or the pack's own files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import folder_paths
@@ -25,7 +26,7 @@ class ErasureLora:
     """One erasure LoRA, ready to be matched with a model.
 
     Args:
-        name: the file's name in the host's `loras` folders.
+        name: the file's name in the host's `loras` folders, or what the pack calls it.
         adapter: its low-rank layers and metadata (its card).
         strength: factor on the adapter where it erases. The gate probes at strength 1, as calibrated.
         concept_prompt: the erased concept's own prompt, "" where unknown.
@@ -54,6 +55,7 @@ def load_erasure_lora(
     model: Any = None,
     partial: bool = False,
     energy: float = ENERGY,
+    path: Path | None = None,
 ) -> ErasureLora:
     """Return an erasure LoRA from the host's `loras` folders, its prompts encoded where `clip` is given.
 
@@ -63,9 +65,10 @@ def load_erasure_lora(
         model: the base model (a `ModelPatcher`), which files with full weights are compared with.
         partial: leave out layers that the model lacks or that a low-rank adapter cannot hold.
         energy: the share of each layer's change that is kept from full weights.
+        path: the file, where it is the pack's own and `lora_name` only names it.
     Raises: AdapterError if the file is not an erasure LoRA.
     """
-    path = folder_paths.get_full_path_or_raise("loras", lora_name)
+    path = path or folder_paths.get_full_path_or_raise("loras", lora_name)
     base = None if model is None else base_weights(model)
     adapter = load_adapter(path, alpha=alpha, base=base, energy=energy, partial=partial)
     prompt = concept.strip() or adapter.card.concept_prompt
