@@ -28,8 +28,8 @@ class LoadErasureLora(io.ComfyNode):
                     "lora_name",
                     options=[*folder_paths.get_filename_list("loras"), *demo_loras()],
                     tooltip="The erasure LoRA's file, in models/loras: UnGuide .pth, LECO, SPM, sliders, PEFT, "
-                    "diffusers, ComfyUI; with a model connected also full weights (ESD, UCE, concept ablation). Those "
-                    "under demo/, at the end, are for UnGuide Demo Model.",
+                    "diffusers, ComfyUI, LyCORIS; with a model connected also DoRA, OFT, GLoRA and full weights (ESD, "
+                    "UCE, concept ablation). Those under demo/, at the end, are for UnGuide Demo Model.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -90,8 +90,9 @@ class LoadErasureLora(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The base model. Files with full weights (ESD, UCE, concept ablation) need it, because "
-                    "they are compared with it. For other files it checks that the layers fit.",
+                    tooltip="The base model. DoRA, OFT, BOFT, GLoRA and files with full weights (ESD, UCE, concept "
+                    "ablation) need it, because they depend on its weights. For other files it checks that the layers "
+                    "fit.",
                 ),
             ],
             outputs=[

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .config import Concept, Config
 from .job import Summary, train_concept
+from .text import first_line
+
+log = logging.getLogger("unguide_train")
 
 RETRIES = 3
-"""How often a concept whose worker was lost is restarted, from its last checkpoint."""
+"""How often a concept whose worker was lost is restarted, from its last checkpoint. Ray's own retries are off: it
+restarts a worker that it killed for memory without end, whatever number of retries it is given."""
 
 
 class ClusterError(RuntimeError):
@@ -47,18 +52,22 @@ def train_on_ray(
         raise ClusterError(_absent(address, error)) from error
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_task)
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_task)
         values = config.model_dump()
-        waiting = {remote.remote(values, concept.model_dump()): concept for concept in concepts}
+        waiting = {remote.remote(values, concept.model_dump()): (concept, 0) for concept in concepts}
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
-            concept = waiting.pop(done)
+            concept, lost = waiting.pop(done)
             try:
                 yield concept, ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 yield concept, error.cause if isinstance(error.cause, Exception) else error
             except ray.exceptions.RayError as error:
-                yield concept, error
+                if lost == RETRIES:
+                    yield concept, ClusterError(_given_up(error))
+                    continue
+                log.warning("%s: its worker was lost (%s); it is restarted", concept.concept, first_line(error))
+                waiting[remote.remote(values, concept.model_dump())] = concept, lost + 1
     finally:
         ray.shutdown()
 
@@ -71,6 +80,13 @@ def _require_reachable(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
             raise ClusterError(_absent(address, error)) from error
+
+
+def _given_up(error: Exception) -> str:
+    return (
+        f"its worker was lost {RETRIES + 1} times, the last time with: {first_line(error)}; if memory ran out, train "
+        "fewer concepts at once (--workers), in half precision (--precision fp16), or with a smaller batch (--rows)"
+    )
 
 
 def _absent(address: str, error: Exception) -> str:

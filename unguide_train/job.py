@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from unguide_core.training.trainer import FP16_LOSS_SCALE, Training, TrainingErr
 from . import checkpoint
 from .calibration import calibrate
 from .config import Concept, Config
-from .model import Base, DiffusersPredictor, add_adapter, load_base
+from .model import Base, DiffusersPredictor, add_adapter, load_base, remove_adapter
 
 log = logging.getLogger("unguide_train")
 
@@ -52,10 +52,10 @@ def train_concept(config: Config, concept: Concept, base: Base | None = None, qu
     """Trains one concept and writes its file; resumes from a checkpoint if there is one next to it.
 
     Args:
-        base: the base model, if it is loaded already; it must not have an adapter, and has one afterwards.
+        base: the base model, if another than the configuration's; it has no adapter, before and afterwards.
     Raises: ModelError, TrainingError, AdapterError; no incomplete file is left behind.
     """
-    began, path, recipe = time.perf_counter(), config.path_of(concept), config.full_recipe
+    path, recipe = config.path_of(concept), config.full_recipe
     path.parent.mkdir(parents=True, exist_ok=True)
     mixed = {"fp32": "no"}.get(config.precision, config.precision)
     accelerator = Accelerator(
@@ -65,9 +65,25 @@ def train_concept(config: Config, concept: Concept, base: Base | None = None, qu
     )
     if config.logs:
         accelerator.init_trackers(path.stem, {k: v for k, v in recipe.to_settings().items() if v is not None})
-    base = base or load_base(config.base, config.tokenizer)
+    dtype = PRECISIONS[config.precision] if accelerator.device.type != "cpu" else torch.float32
+    base = base or loaded_base(config.base, config.tokenizer, dtype)
+    base.to(accelerator.device, dtype)
+    try:
+        return _train(config, concept, base, accelerator, quiet)
+    finally:
+        remove_adapter(base.unet)
+
+
+@lru_cache(maxsize=1)
+def loaded_base(path: Path, tokenizer: Path | None, dtype: torch.dtype) -> Base:
+    """Returns the base model, which a process loads once for all its concepts."""
+    return load_base(path, tokenizer, dtype)
+
+
+def _train(config: Config, concept: Concept, base: Base, accelerator: Accelerator, quiet: bool) -> Summary:
+    """Trains on the base model, which has the adapter afterwards."""
+    began, path, recipe = time.perf_counter(), config.path_of(concept), config.full_recipe
     prompts = config.prompts_of(concept)
-    base.to(accelerator.device, PRECISIONS[config.precision] if accelerator.device.type != "cpu" else torch.float32)
     layers = add_adapter(base.unet, recipe, config.layers, config.pattern)
     own, others = calibration_prompts(config.words_of(concept), (concept.concept, *concept.synonyms))
     texts = dict.fromkeys((*prompts.names, *own, *others))

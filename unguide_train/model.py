@@ -73,12 +73,12 @@ class Base:
         return self
 
 
-def load_base(path: Path, tokenizer: Path | None = None) -> Base:
-    """Returns the base model in a checkpoint file or a diffusers folder, float32, frozen.
+def load_base(path: Path, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32) -> Base:
+    """Returns the base model in a checkpoint file or a diffusers folder, frozen, its UNet in a precision.
 
     Raises: ModelError if it is not a Stable Diffusion 1.x or SDXL that predicts the noise.
     """
-    base = _from_folder(path, tokenizer) if path.is_dir() else _from_file(path, tokenizer)
+    base = _from_folder(path, tokenizer, dtype) if path.is_dir() else _from_file(path, tokenizer, dtype)
     config, widths = base.unet.config, [encoder.model.config.hidden_size for encoder in base.texts]
     sdxl = len(widths) == 2
     known = config.addition_embed_type == "text_time" if sdxl else widths == [768] and not config.addition_embed_type
@@ -97,9 +97,10 @@ def load_base(path: Path, tokenizer: Path | None = None) -> Base:
     return base
 
 
-def _from_folder(path: Path, tokenizer: Path | None) -> Base:
+def _from_folder(path: Path, tokenizer: Path | None, dtype: torch.dtype) -> Base:
+    read = torch.float16 if dtype == torch.float16 else torch.float32  # bfloat16 would change the weights' hash
     try:
-        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", local_files_only=True).float()
+        unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", local_files_only=True, torch_dtype=read)
         texts = text.from_folder(path, tokenizer)
         scheduler = path / "scheduler" / "scheduler_config.json"
         predicts = json.loads(scheduler.read_text()).get("prediction_type", "epsilon") if scheduler.exists() else ""
@@ -107,16 +108,17 @@ def _from_folder(path: Path, tokenizer: Path | None) -> Base:
         raise ModelError(f"{str(path)!r} is not the folder of a diffusers pipeline: {first_line(error)}") from error
     if predicts not in ("", "epsilon"):
         raise ModelError(_predicting(path, repr(predicts)))
-    return Base(unet, texts, path.name, weights_hash(unet.state_dict().values()))
+    known = weights_hash(unet.state_dict().values())
+    return Base(torch.nn.Module.to(unet, dtype), texts, path.name, known)
 
 
-def _from_file(path: Path, tokenizer: Path | None) -> Base:
+def _from_file(path: Path, tokenizer: Path | None, dtype: torch.dtype) -> Base:
     if path.suffix != ".safetensors":
         raise ModelError(
             f"{path.name!r} is not a .safetensors file; other files are not opened because they may run code"
         )
     try:
-        weights = {name: tensor.float() for name, tensor in load_file(path).items() if tensor.is_floating_point()}
+        weights = {name: tensor for name, tensor in load_file(path).items() if tensor.is_floating_point()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path.name!r} cannot be read: {first_line(error)}; download it again") from error
     if f"{_UNET}input_blocks.0.0.weight" not in weights:
@@ -134,9 +136,12 @@ def _from_file(path: Path, tokenizer: Path | None) -> Base:
     texts = text.from_weights(weights, tokenizer, path.name)
     own = {name.removeprefix(_UNET): w for name, w in weights.items() if name.startswith(_UNET)}
     config = unet_config(own)
-    unet: Any = UNet2DConditionModel(**config)
+    with torch.device("meta"):  # no memory for weights that are replaced at once
+        unet: Any = UNet2DConditionModel(**config)
     try:
-        unet.load_state_dict(convert_ldm_unet_checkpoint(dict(weights), config))
+        converted = convert_ldm_unet_checkpoint(dict(weights), config)
+        # copies, because tensors of the file are views of it
+        unet.load_state_dict({name: tensor.to(dtype, copy=True) for name, tensor in converted.items()}, assign=True)
     except (RuntimeError, KeyError) as error:
         raise ModelError(
             f"the UNet of {path.name!r} is not a plain Stable Diffusion 1.x or SDXL one: {first_line(error)}; give a "
@@ -218,6 +223,18 @@ def add_adapter(unet: Any, recipe: Recipe, layers: str, pattern: str = "") -> di
         )
         for name in names
     }
+
+
+def remove_adapter(unet: Any) -> None:
+    """Removes what `inject` added, and the gradient checkpointing that memory may have asked for."""
+    for name, module in list(unet.named_modules()):
+        if hasattr(module, "lora_A"):
+            parent, _, own = name.rpartition(".")
+            setattr(unet.get_submodule(parent), own, module.base_layer)
+    if hasattr(unet, "peft_config"):
+        del unet.peft_config
+    unet.disable_gradient_checkpointing()
+    unet.requires_grad_(False).eval()
 
 
 def inject(unet: Any, layers: Mapping[str, LowRank]) -> None:

@@ -59,6 +59,19 @@ def originals(folder: Path) -> dict[str, Files]:
     torch.save({f"{STEM}.lora_down.weight": torch.ones(2, 3), f"{STEM}.lora_up.weight": torch.ones(4, 2)}, sliders)
     found["sliders"] = {"sliders.pt": sliders.getvalue()}
     full = {f"{path.removeprefix('unet.')}k.weight": torch.randn(4, 3, generator=generator)}
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    other = STEM.replace("to_k", "to_v")
+    products = {f"{STEM}.hada_w{i}_a": randn(4, 1) for i in (1, 2)} | {
+        f"{STEM}.hada_w{i}_b": randn(1, 3) for i in (1, 2)
+    }
+    products |= {f"{other}.lokr_w1": randn(2, 1), f"{other}.lokr_w2": randn(2, 3), f"{STEM}.alpha": torch.ones(())}
+    turned = {f"{STEM}.oft_blocks": randn(2, 2, 2), f"{other}.dora_scale": randn(4, 1).abs()}
+    turned |= {f"{other}.lora_down.weight": randn(1, 3), f"{other}.lora_up.weight": randn(4, 1)}
+    found["products"] = {"products.safetensors": safetensors_bytes(products, {})}
+    found["turned"] = {"turned.safetensors": safetensors_bytes(turned, {})}
     found["full"] = {"esd.safetensors": safetensors_bytes(full, {})}
     return found
 
@@ -190,6 +203,24 @@ def reconfigured(data: Any, content: bytes) -> bytes:
 ABSURD = [
     ("a rank of a million", {f"{STEM}.lora_down.weight": (10**6, 1), f"{STEM}.lora_up.weight": (1, 10**6)}),
     ("a rank of ten thousand", {f"{STEM}.lora_down.weight": (10**4, 2), f"{STEM}.lora_up.weight": (2, 10**4)}),
+    ("a product of a million by a million", {f"{STEM}.lokr_w1": (1000, 1000), f"{STEM}.lokr_w2": (1000, 1000)}),
+    (
+        "a core of a million places",
+        {
+            f"{STEM}.lora_down.weight": (1, 10**5),
+            f"{STEM}.lora_up.weight": (4, 1),
+            f"{STEM}.lora_mid.weight": (1, 1, 10**6),
+        },
+    ),
+    (
+        "a decomposed product of a million by a million",
+        {
+            f"{STEM}.lora_down.weight": (1, 10**6),
+            f"{STEM}.lora_up.weight": (10**6, 1),
+            f"{STEM}.dora_scale": (10**6, 1),
+        },
+    ),
+    ("a rotation of three thousand", {f"{STEM}.oft_blocks": (1, 3000, 3000)}),
     ("nothing in it", {f"{STEM}.lora_down.weight": (0, 4), f"{STEM}.lora_up.weight": (4, 0)}),
     ("seven dimensions", {f"{STEM}.lora_down.weight": (1,) * 7, f"{STEM}.lora_up.weight": (1,) * 7}),
 ]
@@ -223,7 +254,7 @@ def out_of_time(*_: object) -> None:
 
 def base(name: str) -> torch.Tensor:
     """The base model's weights, for files with full ones."""
-    return torch.zeros(4, 3)
+    return torch.ones(4, 3)
 
 
 def main(folder: Path, mutations: int = MUTATIONS, first: int = SEED) -> int:

@@ -349,8 +349,9 @@ def peft_folder(tmp_path, randn, **changed):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA'; expected LORA"),
-        ({"use_dora": True}, "DoRA"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; expected one of LORA, LOHA, LOKR"),
+        ({"peft_type": "LOHA"}, "no 'hada_' in its tensors' names"),
+        ({"use_dora": True}, "no 'lora_magnitude_vector' in its tensors' names"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a finite number"),
         ({"r": 0}, "expected a whole number from 1 on"),

@@ -101,12 +101,14 @@ def test_deltas_equal_the_official_lora_layer(golden_a, agree):
         agree("A adapted layer", base + ours, get["y"], 1e-5)
 
 
-def test_the_initialisation_equals_the_official_one_drawn_from_the_same_seed(golden_a):
+def test_the_initialisation_equals_the_official_one_drawn_from_the_same_seed(golden_a, agree):
+    """To rounding: torch computes normal numbers in another order on processors with other vector instructions."""
     tensors = golden_a.tensors("lora_linear")
     for number, case in enumerate(golden_a.manifest["lora_linear_cases"]):
         drawn = torch.Generator().manual_seed(100 + number)
         ours = initial_low_rank(case["in"], case["out"], case["rank"], case["alpha"], drawn)
-        assert torch.equal(ours.down.T, tensors[f"{case['prefix']}A_init_manual_seed_{100 + number}"])
+        official = tensors[f"{case['prefix']}A_init_manual_seed_{100 + number}"]
+        agree("A initial A", ours.down.detach().T, official, 1e-6)
         assert torch.equal(ours.up.T, tensors[f"{case['prefix']}B_init"])
         assert ours.delta(tensors[f"{case['prefix']}x"]).abs().max() == 0.0
 

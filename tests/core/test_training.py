@@ -207,6 +207,20 @@ def test_a_resumed_training_ends_with_the_same_bits(recipe, at):
     assert resumed.losses == whole.losses
 
 
+def test_a_resumed_training_goes_on_with_the_loss_scale_that_overflows_had_lowered():
+    whole, _ = finished(PAPER, loss_scale=2.0**127)  # gradients overflow in float32 until it is lower
+    begun = training(PAPER, loss_scale=2.0**127)
+    next(begun.run())
+    lowered = begun.loss_scale
+    assert lowered < 2.0**127
+    resumed = training(PAPER, loss_scale=2.0**127)
+    resumed.load_state_dict(begun.state_dict())
+    assert resumed.loss_scale == lowered
+    list(resumed.run())
+    assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.loss_scale == whole.loss_scale
+
+
 def test_a_checkpoint_of_another_training_is_refused_and_the_message_says_what_differs():
     saved = training(SMALL).state_dict()
     with pytest.raises(ValueError, match="other values of recipe;"):

@@ -16,6 +16,7 @@ import torch
 
 from unguide_core.formats import load_adapter
 from unguide_train import checkpoint as checkpoints
+from unguide_train import cluster
 from unguide_train.cluster import ClusterError, train_on_ray
 from unguide_train.config import from_values
 from unguide_train.job import train_concept
@@ -72,6 +73,20 @@ def test_a_killed_workers_concept_goes_on_from_its_checkpoint(settings: dict[str
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_a_concept_whose_worker_is_killed_for_memory_every_time_is_given_up(settings, monkeypatch, caplog) -> None:
+    """Ray itself would restart it for ever: here it finds memory full whenever it looks."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    monkeypatch.setattr(cluster, "RETRIES", 1)
+    settings["preset"], settings["recipe"] = "paper", {"iterations": 1, "schedule_steps": 10}
+    config = from_values(settings)
+    ((_, error),) = train_on_ray(config, config.concepts, "local", 1)
+    assert isinstance(error, ClusterError)
+    assert "its worker was lost 2 times" in str(error)
+    assert "memory" in str(error)
+    assert caplog.text.count("cat: its worker was lost") == 1
+
+
 def test_a_concept_that_cannot_be_trained_is_reported_and_the_others_are_trained(settings, tmp_path) -> None:
     settings |= {"preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10}}
     settings["concepts"] = [
@@ -90,15 +105,15 @@ def test_auto_uses_the_cluster_that_is_there_and_leaves_it_running(settings, mon
 
     settings |= {"preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10}}
     config = from_values(settings)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        monkeypatch.setenv("RAY_ADDRESS", started.address)
         ((_, summary),) = train_on_ray(config, config.concepts, "auto")
         assert not isinstance(summary, Exception), summary
         assert load_adapter(summary.path).card.concept == "cat"
-        assert cluster.remaining_processes_alive()
+        assert started.remaining_processes_alive()
     finally:
-        cluster.shutdown()
+        started.shutdown()
 
 
 def test_no_cluster_is_said_in_a_sentence(config) -> None:

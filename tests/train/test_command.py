@@ -63,7 +63,17 @@ def test_the_documented_command_writes_the_file_with_its_card(arguments: list[st
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def test_a_yaml_file_trains_many_concepts_into_one_table(settings: dict[str, Any], tmp_path: Path, capsys) -> None:
+def test_a_yaml_file_trains_many_concepts_into_one_table_on_a_base_model_that_is_loaded_once(
+    settings: dict[str, Any], tmp_path: Path, capsys, monkeypatch
+) -> None:
+    loads: list[Path] = []
+
+    def counted(path: Path, *arguments: Any) -> Any:
+        loads.append(path)
+        return load_base(path, *arguments)
+
+    monkeypatch.setattr(job, "load_base", counted)
+    job.loaded_base.cache_clear()
     settings["concepts"] = [
         {"concept": "cat", "reference": "forest"},
         {"concept": "dog", "reference": "field", "out": "other.safetensors"},
@@ -79,8 +89,27 @@ def test_a_yaml_file_trains_many_concepts_into_one_table(settings: dict[str, Any
     table = capsys.readouterr().out
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| cat", "| dog"]
     assert load_adapter(tmp_path / "cat.safetensors").card.concept == "cat"
-    card = load_adapter(tmp_path / "other.safetensors").card  # relative to the file, not to where it was run
-    assert (card.concept, card.settings["rate_up"]) == ("dog", 3e-4)
+    other = load_adapter(tmp_path / "other.safetensors")  # relative to the file, not to where it was run
+    assert (other.card.concept, other.card.settings["rate_up"]) == ("dog", 3e-4)
+    assert len(loads) == 1
+    # the second concept is trained as if there had been no first
+    alone = from_values(
+        {**settings, "out": tmp_path / "alone", "preset": "paper", "concepts": settings["concepts"][1:]}
+        | {"recipe": {"iterations": 1, "schedule_steps": 10, "rate_up": 3e-4}}
+    )
+    fresh = load_base(alone.base, alone.tokenizer)
+    path = job.train_concept(alone, alone.concepts[0].model_copy(update={"out": None}), fresh, quiet=True).path
+    assert load_adapter(path).fingerprint == other.fingerprint
+    assert not any(hasattr(module, "lora_A") for module in fresh.unet.modules())
+
+
+def test_a_base_model_is_loaded_in_the_precision_that_is_asked_for(checkpoint, tokenizer) -> None:
+    wide, half = (load_base(checkpoint, tokenizer, dtype) for dtype in (torch.float32, torch.float16))
+    assert half.hash == wide.hash
+    state = half.unet.state_dict()
+    for name, value in wide.unet.state_dict().items():
+        assert state[name].dtype == torch.float16
+        assert torch.equal(state[name], value.half())
 
 
 def test_a_training_that_was_cut_off_goes_on_and_ends_with_the_same_bits(settings, tmp_path, monkeypatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ Weight = float | torch.Tensor
 class Evaluations:
     """Model evaluations (NFE) of a run. One evaluation is one latent under one conditioning.
 
+    Counted under a lock, because the host calls the network on several GPUs from several threads.
+
     Args:
         spent: by kind: "base" and "adapted" of the sampling itself, "probe" of the gates, "wasted" of a run that was
             started again.
@@ -35,11 +38,18 @@ class Evaluations:
     spent: dict[str, int] = field(default_factory=lambda: {"base": 0, "adapted": 0, "probe": 0, "wasted": 0})
     plain: int = 0
     _kind: str | None = None
+    _lock: Any = field(default_factory=Lock, repr=False)
+
+    def ask(self, rows: int) -> None:
+        """Count rows that the sampler asked for."""
+        with self._lock:
+            self.plain += rows
 
     def count(self, rows: int, adapted: int) -> None:
         """Count one forward of `rows`, of which `adapted` are an adapter's."""
-        self.spent[self._kind or "base"] += rows - adapted
-        self.spent[self._kind or "adapted"] += adapted
+        with self._lock:
+            self.spent[self._kind or "base"] += rows - adapted
+            self.spent[self._kind or "adapted"] += adapted
 
     @contextmanager
     def of(self, kind: str | None) -> Iterator[None]:

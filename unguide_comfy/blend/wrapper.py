@@ -19,7 +19,12 @@ from ..model.key import OURS
 from .forward import Call
 from .state import RUN, Run
 
-WRAPPERS = (WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH, WrappersMP.SAMPLER_SAMPLE)
+WRAPPERS = (
+    WrappersMP.APPLY_MODEL,
+    WrappersMP.CALC_COND_BATCH,
+    WrappersMP.PREDICT_NOISE,
+    WrappersMP.SAMPLER_SAMPLE,
+)
 
 
 def bare(patcher: Any) -> Any:
@@ -70,7 +75,7 @@ def blended_prediction(
     call = Call(executor, (x, t, c_concat, c_crossattn), control, options, kwargs, run)
     if run.predicting is not None:
         return _unblended(call, run.predicting)
-    run.evaluations.plain += len(x)
+    run.evaluations.ask(len(x))
     active = run.active()
     if not active:
         return call.forward(call.whole(None))

@@ -23,7 +23,7 @@ from ..probe.conds import Context
 from ..probe.settings import Settings
 from ..report.progress import show
 from ..report.records import Cost, Verdict
-from .gate import GATE, Branch, Gate, Restart, gated_conditionals
+from .gate import GATE, Branch, Gate, Restart, gated_conditionals, gated_windows
 from .official import OfficialSampling, Start
 
 RunObserver = Callable[[Sequence[Verdict], Cost], None]
@@ -65,6 +65,7 @@ def guided(
         for lora, decision in zip(loras, decisions or [None] * len(loras), strict=True)
     ]
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, OURS, gated_conditionals)
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, OURS, gated_windows)
     clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, OURS, GatedSampling((*earlier, *branches), observer))
     return clone
 

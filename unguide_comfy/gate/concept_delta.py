@@ -47,9 +47,9 @@ class ConceptDelta:
         for i, subject in subjects.items():
             factor = (1.0 - by_sample[i][rows]).view(-1, *[1] * (x.ndim - 1))
             shift[rows] += factor * (predictions.predicted(subject, i) - predictions.predicted(subject))
-        prompt = {id(entry) for entry in self.context.prompt}
+        prompt = {entry["uuid"] for entry in self.context.prompt}  # context windows copy the entries
         return [
-            prediction + shift if any(id(entry) in prompt for entry in entries or ()) else prediction
+            prediction + shift if any(entry["uuid"] in prompt for entry in entries or ()) else prediction
             for entries, prediction in zip(conds, out, strict=True)
         ]
 

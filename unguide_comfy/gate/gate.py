@@ -81,6 +81,8 @@ class Gate:
         self._restarted = False
         self.passed = False
         """Whether the run has passed through `gated_conditionals`, where the concept's change is added."""
+        self.windowed = False
+        """Whether the host cuts the latent into context windows, so that `gated_windows` probes and not each window."""
 
     @property
     def as_paper(self) -> bool:
@@ -140,12 +142,21 @@ class Gate:
                 levels = schedule(self.context, settings.probe_schedule_steps)
                 self._next[index] = probing_step(sigmas, levels, settings.probe_steps)
 
-    def observe(self, conds: Sequence[Any], out: Sequence[torch.Tensor], x: torch.Tensor, sigma: torch.Tensor) -> bool:
+    def observe(
+        self,
+        conds: Sequence[Any],
+        out: Sequence[torch.Tensor],
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        *,
+        together: bool = False,
+    ) -> bool:
         """Decide, sample by sample, where it is time to; return whether a weight has changed.
 
         Args:
             conds, out: the run's conditionings and the predictions for them at this latent, x0 [B, C, ...] each.
             x, sigma: the latent and its noise level.
+            together: whether the samples are parts of one image or video, which is erased if one of them is detected.
         Raises: Restart, where the image has to be generated from its first step again.
         """
         step = step_of(self._sigmas, float(sigma.max()))
@@ -160,7 +171,10 @@ class Gate:
         for indices in self._alike(due):
             settings = self.branches[indices[0]].settings
             with self.run.evaluations.of("probe"):
-                self._take(indices, decide(predictions, self._loras(indices), settings, step=step, by_sample=True))
+                found = decide(predictions, self._loras(indices), settings, step=step, by_sample=True)
+            if together:
+                found = [(max(each, key=lambda one: (one.detected, one.score - one.threshold)),) for each in found]
+            self._take(indices, found)
         for index in due:
             self._next[index] = step + self.branches[index].settings.recheck_every
         self.announce(self.verdicts())
@@ -249,10 +263,33 @@ def gated_conditionals(
     if gate is None or gate.run.predicting is not None or model is not gate.context.model:
         return out
     gate.passed = True
-    if gate.observe(conds, out, x, sigma) and gate.run.active():
+    if not gate.windowed and gate.observe(conds, out, x, sigma) and gate.run.active():
         with gate.run.evaluations.of(None):
             out = executor(model, conds, x, sigma, model_options)
     return gate.delta.added(conds, out, x, sigma)
+
+
+def gated_windows(
+    executor: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    model_options: dict[str, Any] | None = None,
+    seed: int | None = None,
+) -> torch.Tensor:
+    """Return the guided prediction; the host's signature of a `PREDICT_NOISE` wrapper.
+
+    Where the host cuts the latent into context windows, the gate decides for all of them on the whole latent, before
+    the first one is predicted.
+    """
+    given = model_options or {}
+    gate: Gate | None = given.get("transformer_options", {}).get(GATE)
+    handler = given.get("context_handler")
+    if gate is not None and handler is not None:
+        conds = list(executor.class_obj.conds.values())  # type: ignore[attr-defined]
+        gate.windowed = handler.should_use_context(gate.context.model, conds, x, sigma, given)
+        if gate.windowed:
+            gate.observe((), (), x, sigma, together=getattr(handler, "dim", None) == 0)
+    return executor(x, sigma, given, seed)
 
 
 def _detected(decisions: Sequence[Decision]) -> int:

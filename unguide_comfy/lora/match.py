@@ -120,6 +120,11 @@ def _layer(
     adapter: Adapter, parts: Sequence[tuple[Place, str]], module: torch.nn.Module, path: str, name: str
 ) -> LowRank:
     """Return the one low-rank layer that several layers of the file make on one module."""
+    if isinstance(module, torch.nn.modules.conv._ConvTransposeNd):
+        raise AdapterError(
+            f"erasure LoRA {name!r} changes {path!r}, a transposed convolution, whose weight has its inputs first; no "
+            "known tool trains one: the file is damaged, or not a LoRA"
+        )
     shape = module.get_parameter("weight").shape
     _require_apart(parts, shape[0], path, name)
     fitted = []

@@ -181,7 +181,12 @@ class Training:
             "layers": {name: [layer.down.detach(), layer.up.detach()] for name, layer in self.layers.items()},
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
-            "state": {"losses": [*self.losses], "held_out": [*self.held_out], "evaluations": self.denoiser.evaluations},
+            "state": {
+                "losses": [*self.losses],
+                "held_out": [*self.held_out],
+                "evaluations": self.denoiser.evaluations,
+                "loss_scale": self.loss_scale,
+            },
             "task": self._task(),
         }
 
@@ -205,7 +210,7 @@ class Training:
         self.generator.set_state(saved["generator"])
         state = saved["state"]
         self.losses, self.held_out = list(state["losses"]), list(state["held_out"])
-        self.denoiser.evaluations = state["evaluations"]
+        self.denoiser.evaluations, self.loss_scale = state["evaluations"], state["loss_scale"]
 
     def _task(self) -> dict[str, Any]:
         """What must be the same in a checkpoint, as plain values."""

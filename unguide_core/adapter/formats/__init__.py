@@ -5,6 +5,7 @@
     generic    the same with ComfyUI's own names, `diffusion_model.<module path>`
     peft       a folder: `base_model.model.<path>.lora_A.weight`, with the scale in a JSON file
     diffusers  `unet.<path>.lora_A.weight`, with the scale in the metadata; three older namings
+    LyCORIS    LoHa, LoKr, OFT, BOFT, GLoRA and DoRA in kohya's, ComfyUI's or PEFT's naming, see composed.py
     full       replacement weights (ESD, UCE, concept ablation), read as the difference to the base model
 
 The format is detected from the content, never from the file's name; other formats are refused by name (refused.py).
@@ -14,7 +15,7 @@ applies it. On the command line: `python -m unguide_core.formats inspect | conve
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from ..containers import is_torch_zip, json_object, read_json, read_tensors, wri
 from ..lowrank import Adapter
 from . import peft
 from .elsewhere import with_prompts, without_ours
-from .full import ENERGY, BaseWeights, are_weights, read_full
-from .named import Named, Scales, factor, read_named
+from .full import ENERGY, are_weights, read_full
+from .named import BaseWeights, Named, Reading, Scales, factor, is_elsewhere, read_named
 from .official import is_official, read_official
 from .refused import REMEDY, refuse
 from .writing import AS_IT_IS, FORMATS, alpha_of
@@ -64,7 +65,7 @@ def load_adapter(
         path: a file of any format above, or a PEFT folder.
         alpha: overrides the alpha of every layer (scale = alpha / rank). None takes the file's: layers without one have
             scale 1, as in the stock LoRA loader, and official files, which never store one, scale 8.
-        base: the base model's parameters, for full replacement weights.
+        base: the base model's parameters, for full replacement weights and for DoRA, OFT, BOFT and GLoRA.
         energy: for full replacement weights, the fraction of each layer's change to keep.
         partial: leave out what the model lacks or a low-rank adapter cannot hold, with a note, instead of raising.
     Returns: tensors on the CPU in the file's precision; `notes` says where the scale comes from and what was left out.
@@ -75,8 +76,8 @@ def load_adapter(
         file, config = _parts(path)
         tensors, metadata = read_tensors(file)
         card = Card.from_metadata({key: text for key, text in metadata.items() if key != peft.DIFFUSERS_KEY})
-        scales, rule = _scales(config, metadata)
-        found = _layers(tensors, alpha, scales, rule, base, energy, partial)
+        scales, rule = _scales(config, metadata, tensors)
+        found = _layers(tensors, Reading(alpha, scales, rule, base, partial), energy)
         card, source_format = with_prompts(card, found.source_format)
         if source_format == "kohya" and is_torch_zip(file):
             source_format = "sliders"
@@ -147,38 +148,32 @@ def _parts(path: Path) -> tuple[Path, dict[str, object] | None]:
     return path, read_json(config) if path.name == peft.WEIGHTS and config.is_file() else None
 
 
-def _scales(config: Mapping[str, object] | None, metadata: Mapping[str, str]) -> tuple[Scales | None, str]:
+def _scales(
+    config: Mapping[str, object] | None, metadata: Mapping[str, str], keys: Iterable[str]
+) -> tuple[Scales | None, str]:
     """The scales that are stored outside the tensors, and where."""
     if config is not None:
-        return peft.scales(config), f"{peft.CONFIG}'s lora_alpha"
+        return peft.scales(config, keys), f"{peft.CONFIG}'s lora_alpha"
     if peft.DIFFUSERS_KEY in metadata:
         packed = json_object(metadata[peft.DIFFUSERS_KEY], peft.DIFFUSERS_KEY)
-        return peft.scales(peft.unpacked(packed)), "lora_alpha in diffusers' metadata"
+        return peft.scales(peft.unpacked(packed), keys), "lora_alpha in diffusers' metadata"
     return None, ""
 
 
-def _layers(
-    tensors: Mapping[str, Tensor],
-    alpha: float | None,
-    scales: Scales | None,
-    rule: str,
-    base: BaseWeights | None,
-    energy: float,
-    partial: bool,
-) -> Named:
+def _layers(tensors: Mapping[str, Tensor], reading: Reading, energy: float) -> Named:
     """The layers, read in the format that is detected. Raises: ValueError."""
     if not tensors:
         raise ValueError("it holds no tensors; expected low-rank layers")
-    if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"the overriding alpha is {alpha}; expected a finite number")
+    if reading.alpha is not None and not math.isfinite(reading.alpha):
+        raise ValueError(f"the overriding alpha is {reading.alpha}; expected a finite number")
     if is_official(tensors):
-        return read_official(tensors, alpha)
-    refuse(tensors)
-    factors = {key: factor(key) for key in tensors}
-    if any(found and found[2] != "alpha" for found in factors.values()):
-        return read_named(tensors, alpha, scales, rule)
+        return read_official(tensors, reading.alpha)
+    refuse(key for key in tensors if not is_elsewhere(key))
+    factors = [factor(key) for key in tensors]
+    if any(found and found[2] != "alpha" for found in factors):
+        return read_named(tensors, reading)
     if are_weights(tensors):
-        return read_full(tensors, base, energy, partial, alpha)
+        return read_full(tensors, reading.base, energy, reading.partial, reading.alpha)
     raise ValueError(f"it holds no low-rank layers, but '{next(iter(tensors))}' for instance; {REMEDY}")
 
 

@@ -4,20 +4,17 @@ W_new - W_base = U S V^T, truncated to the smallest rank that keeps a given frac
 know the model: a function returns the base weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..lowrank import LowRank
-from .named import RANK_LIMIT, Named, canonical
+from .named import RANK_LIMIT, BaseWeights, Named, canonical
 
 ENERGY = 0.99
 """The default fraction of each layer's change that is kept."""
-
-BaseWeights = Callable[[str], Tensor | None]
-"""Returns a parameter of the base model by its name as in names.py with `.weight` or `.bias`; None without one."""
 
 _OTHER_PARTS = ("cond_stage_model.", "first_stage_model.", "conditioner.", "vae.", "text_encoder", "model_ema.")
 _SCHEDULE = ("betas", "alphas_", "sqrt_", "log_one", "posterior_", "lvlb_", "logvar")

@@ -7,12 +7,13 @@ for the scale. Does not know files or models.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..lowrank import LowRank
 from ..names import HOST, STEMS, TRANSFORMER, UNET, of_path
+from . import composed
 from .refused import REMEDY
 
 RANK_LIMIT = 8192
@@ -23,21 +24,21 @@ _FACTORS = (
     ("peft", re.compile(r"(?P<name>.+)\.lora_(?P<side>A|B)(\.(?!weight$)[^.]+)?(\.weight)?")),
     ("diffusers, old", re.compile(r"(?P<name>.+?)[._]lora(_linear_layer)?\.(?P<side>down|up)\.weight")),
     ("alpha", re.compile(r"(?P<name>.+)\.(?P<side>alpha)")),
+    ("lycoris", composed.ROLE_PATTERN),
 )
-_DOWN = ("down", "A")
+_SIDES = {"A": "down", "B": "up", f"{composed.MAGNITUDE}.weight": composed.MAGNITUDE}
 _TEXT_ENCODER = ("lora_te", "text_encoder", "text_model.", "text_encoders.", "te.", "clip_l.", "clip_g.", "t5xxl.")
+_EMBEDDING = "bundle_emb."
 
-Scales = Callable[[str, int], float | None]
+BaseWeights = Callable[[str], Tensor | None]
+"""Returns a parameter of the base model by its name as in names.py with `.weight` or `.bias`; None without one."""
+
+Scales = Callable[[str, int | None], float | None]
 """Returns the scale that a configuration gives a layer (its path without a prefix, its rank); None if it gives none."""
 
 
-@dataclass
-class Parts:
-    """The keys of one layer's factors in the file."""
-
-    down: list[str] = field(default_factory=list)
-    up: list[str] = field(default_factory=list)
-    alpha: list[str] = field(default_factory=list)
+Roles = dict[str, list[str]]
+"""One layer's keys in the file by what they hold: "down", "up", "alpha", or an end of `composed.ROLE`."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,17 @@ class Named:
 
 
 def factor(key: str) -> tuple[str, str, str] | None:
-    """Return a key's naming, its layer's name as written, and its side ("down", "up", "A", "B", "alpha"), or None."""
+    """Return a key's naming, its layer's name as written, and what it holds (see `Roles`), or None."""
     for naming, pattern in _FACTORS:
         match = pattern.fullmatch(key)
         if match:
-            return naming, match["name"], match["side"]
+            return naming, match["name"], _SIDES.get(match["side"], match["side"])
     return None
+
+
+def is_elsewhere(key: str) -> bool:
+    """Return whether a key belongs to a text encoder or to an embedding that comes with the adapter."""
+    return key.startswith(_EMBEDDING) or canonical(key) == ""
 
 
 def canonical(name: str) -> str | None:
@@ -78,35 +84,80 @@ def _current(path: str) -> str:
     return path + ".0" if path.endswith(".to_out") else path
 
 
-def read_named(tensors: Mapping[str, Tensor], alpha: float | None, scales: Scales | None, rule: str) -> Named:
+@dataclass(frozen=True)
+class Reading:
+    """How a file is to be read, see `load_adapter`.
+
+    alpha: overrides every layer's.
+    scales, rule: of the file's configuration, and where that is, in words; None without one.
+    base: the base model's parameters, for layers whose change depends on them.
+    partial: whether layers that the base model lacks are left out.
+    """
+
+    alpha: float | None = None
+    scales: Scales | None = None
+    rule: str = ""
+    base: BaseWeights | None = None
+    partial: bool = False
+
+
+def read_named(tensors: Mapping[str, Tensor], reading: Reading) -> Named:
     """Return the low-rank layers in a file's tensors.
 
-    Args:
-        alpha: overrides every layer's.
-        scales: of the file's configuration; None without one.
-        rule: where that configuration is, in words.
     Raises: ValueError for keys of other things than low-rank layers, and for incomplete or damaged layers.
     """
-    namings, parts, text = _collected(tensors)
+    namings, parts, elsewhere = _collected(tensors)
     if not parts:
         raise ValueError(
-            f"it changes only the text encoder ({len(text)} layers, such as '{text[0]}'), and UnGuide blends "
+            f"it changes only the text encoder ({len(elsewhere)} layers, such as '{elsewhere[0]}'), and UnGuide blends "
             "predictions of the diffusion model; use a LoRA that changes the diffusion model"
         )
     layers: dict[str, LowRank] = {}
     rules: dict[str, int] = {}
-    for name, part in parts.items():
-        down, up = _pair(tensors, name, part)
-        scale, said = _scale(tensors, name, part, down.shape[0], alpha, scales, rule)
+    kinds: dict[str, int] = {}
+    lacking: list[str] = []
+    for name, roles in parts.items():
+        kind = _complete(name, roles)
+        held = {role: _copy(tensors, key) for role, (key, *_) in roles.items()}
+        scale, said = _scale(tensors, name, roles, composed.rank_of(kind, held), reading)
+        depending = composed.needs_weight(kind, held)
+        weight = None if depending is None else _weight(name, depending, reading)
+        if depending is not None and weight is None:
+            lacking.append(name)
+            continue
+        layers[name] = _layer(name, kind, held, scale, weight)
         rules[said] = rules.get(said, 0) + 1
-        layers[name] = low_rank(name, down, up, scale)
-    notes = [scale_note(rules)]
+        kinds[depending or kind] = kinds.get(depending or kind, 0) + 1
+    notes = [scale_note(rules), *_notes(layers, kinds, lacking, elsewhere)]
+    return Named(_source_format(namings, layers), layers, notes)
+
+
+def _notes(
+    layers: Mapping[str, LowRank], kinds: Mapping[str, int], lacking: list[str], elsewhere: list[str]
+) -> list[str]:
+    """What became of layers that are not plain LoRA, and what was left out."""
+    notes = []
+    for kind, count in kinds.items():
+        if kind != "LoRA":
+            highest = max(layer.rank for layer in layers.values())
+            notes.append(
+                f"{count} {kind} layers became low-rank ones that change the weights alike, rank {highest} at most"
+            )
+    if lacking:
+        notes.append(f"{len(lacking)} layers without a counterpart in the model were left out, such as '{lacking[0]}'")
+    embeddings = [name for name in elsewhere if name.startswith(_EMBEDDING)]
+    text = [name for name in elsewhere if not name.startswith(_EMBEDDING)]
     if text:
         notes.append(
             f"{len(text)} text-encoder layers were left out (such as '{text[0]}'): UnGuide blends predictions of the "
             "diffusion model"
         )
-    return Named(_source_format(namings, layers), layers, notes)
+    if embeddings:
+        notes.append(
+            f"{len(embeddings)} embeddings that come with it were left out (such as '{embeddings[0]}'): they stand for "
+            "words of a prompt"
+        )
+    return notes
 
 
 def scale_note(rules: Mapping[str, int]) -> str:
@@ -137,65 +188,112 @@ def matrices(tensors: Mapping[str, Tensor], keys: Iterable[str]) -> list[Tensor]
     return copies
 
 
-def _collected(tensors: Mapping[str, Tensor]) -> tuple[set[str], dict[str, Parts], list[str]]:
-    """The namings used, the factors of each layer of the diffusion model, and the text encoder's layers."""
+def _collected(tensors: Mapping[str, Tensor]) -> tuple[set[str], dict[str, Roles], list[str]]:
+    """The namings used, each diffusion layer's keys by what they hold, and what belongs elsewhere."""
     namings: set[str] = set()
-    parts: dict[str, Parts] = {}
-    text: dict[str, None] = {}
+    parts: dict[str, Roles] = {}
+    elsewhere: dict[str, None] = {}
     strange: dict[str, None] = {}
     for key in tensors:
         found = factor(key)
+        if is_elsewhere(key):
+            elsewhere[found[1] if found and not key.startswith(_EMBEDDING) else key] = None
+            continue
         if found is None:
             raise ValueError(f"it holds '{key}', which does not belong to a low-rank layer; {REMEDY}")
-        naming, written, side = found
+        naming, written, role = found
         name = canonical(written)
         if name is None:
             strange[written] = None
-        elif not name:
-            text[written] = None
-        else:
-            namings.add(naming if not written.startswith("base_model.") else "peft folder")
-            part = parts.setdefault(name, Parts())
-            (part.down if side in _DOWN else part.alpha if side == "alpha" else part.up).append(key)
+            continue
+        namings.add(naming if not written.startswith("base_model.") else "peft folder")
+        parts.setdefault(name, {}).setdefault(role, []).append(key)
     if strange:
         raise ValueError(f"it has {len(strange)} layers of unknown naming, such as '{next(iter(strange))}'; {REMEDY}")
-    return namings, parts, list(text)
+    return namings, parts, list(elsewhere)
 
 
-def _pair(tensors: Mapping[str, Tensor], name: str, part: Parts) -> tuple[Tensor, Tensor]:
-    for found, other, side in ((part.down, part.up, "up"), (part.up, part.down, "down"), (part.alpha, part.up, "up")):
-        if found and not other:
-            raise ValueError(
-                f"'{found[0]}' has no partner '{name}.lora_{side}.weight'; the file is incomplete, download it again"
-            )
-        if len(found) > 1:
-            raise ValueError(f"'{found[0]}' and '{found[1]}' are both for one layer; keep one adapter in the file")
-    down, up = matrices(tensors, (part.down[0], part.up[0]))
+def _complete(name: str, roles: Roles) -> str:
+    """The layer's kind. Raises: ValueError if it lacks a part, or has one twice."""
+    kind = composed.kind_of(roles)
+    first = next(iter(roles.values()))[0]
+    for role in composed.NEEDED[kind]:
+        if role not in roles:
+            end = {"down": "lora_down.weight", "up": "lora_up.weight"}.get(role, role)
+            raise ValueError(f"'{first}' has no partner '{name}.{end}'; the file is incomplete, download it again")
+    for keys in roles.values():
+        if len(keys) > 1:
+            raise ValueError(f"'{keys[0]}' and '{keys[1]}' are both for one layer; keep one adapter in the file")
+    if kind == "OFT" and composed.DORA in roles:
+        raise ValueError(f"layer '{name}' is OFT with a {composed.DORA}, which no known tool writes; {REMEDY}")
+    return kind
+
+
+def _copy(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    """A copy of one part: tensors of a safetensors file are views of it."""
+    if key.endswith((".alpha", f".{composed.MAGNITUDE}", f".{composed.MAGNITUDE}.weight", ".rescale")):
+        return tensors[key].detach().clone()
+    return matrices(tensors, (key,))[0]
+
+
+def _weight(name: str, kind: str, reading: Reading) -> Tensor | None:
+    """The model's weight that a layer changes; None if the model lacks it and that is allowed."""
+    if reading.base is None:
+        raise ValueError(
+            f"layer '{name}' is {kind}, whose change depends on the model's own weight; connect the model that the "
+            "file was made for to Load Erasure LoRA (on the command line: --base)"
+        )
+    weight = reading.base(f"{name}.weight")
+    if weight is None and not reading.partial:
+        raise ValueError(
+            f"layer '{name}' has no counterpart in the connected model: the file was made for another architecture; "
+            "connect the model that it was made for, or allow partial matches to leave such layers out"
+        )
+    return weight
+
+
+def _layer(name: str, kind: str, held: Mapping[str, Tensor], scale: float, weight: Tensor | None) -> LowRank:
+    """The layer, validated. A LoRA's factors keep their bits and precision."""
+    if kind == "LoRA" and weight is None and composed.MID not in held:
+        return low_rank(name, *_paired(name, held["down"], held["up"]), scale)
+    for role, part in held.items():
+        if not part.is_floating_point() or not bool(part.float().isfinite().all()):
+            raise ValueError(f"layer '{name}': {role} holds values that are not finite numbers; the file is damaged")
+    try:
+        layer = composed.low_rank_of(kind, held, scale, weight)
+    except ValueError as error:
+        raise ValueError(f"layer '{name}': {error}") from error
+    return low_rank(name, layer.down, layer.up, layer.scale)
+
+
+def _paired(name: str, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors with as many dimensions each: some tools store one of a convolution's as a matrix."""
     if down.ndim == 3 and up.ndim == 3 and up.shape[2] != 1:
         raise ValueError(
-            f"it is in the format CPE ('{part.up[0]}' has shape {list(up.shape)}, one matrix for each concept), which "
-            f"is refused: an attention gate decides between them, token by token; {REMEDY}"
+            f"it is in the format CPE (layer '{name}' has up of shape {list(up.shape)}, one matrix for each concept), "
+            f"which is refused: an attention gate decides between them, token by token; {REMEDY}"
         )
+    if up.ndim == 2 and down.ndim > 2:
+        up = up.reshape(*up.shape, *[1] * (down.ndim - 2))
+    elif down.ndim == 2 and up.ndim > 2 and up[0, 0].numel() == 1:
+        up = up.flatten(1)
     return down, up
 
 
 def _scale(
-    tensors: Mapping[str, Tensor],
-    name: str,
-    part: Parts,
-    rank: int,
-    alpha: float | None,
-    scales: Scales | None,
-    rule: str,
+    tensors: Mapping[str, Tensor], name: str, roles: Roles, rank: int | None, reading: Reading
 ) -> tuple[float, str]:
     """The layer's scale, and the rule that gave it."""
-    if alpha is not None:
-        return alpha / rank, f"alpha {alpha}, as asked for"
-    if part.alpha:
-        return _stored_alpha(tensors, part.alpha[0]) / rank, "the file's alpha"
-    said = None if scales is None else scales(name.split(".", 1)[-1], rank)
+    if reading.alpha is not None and rank is None:
+        raise ValueError(f"layer '{name}' has no alpha, and alpha {reading.alpha} was asked for; set it to 0")
+    if reading.alpha is not None and rank is not None:
+        return reading.alpha / rank, f"alpha {reading.alpha}, as asked for"
+    if "alpha" in roles:
+        stored = _stored_alpha(tensors, roles["alpha"][0])
+        return (1.0, "1 for layers without a rank") if rank is None else (stored / rank, "the file's alpha")
+    said = None if reading.scales is None else reading.scales(name.split(".", 1)[-1], rank)
     if said is not None:
-        return said, rule
+        return said, reading.rule
     return 1.0, "scale 1, that is alpha = rank, as in the stock loaders, because the file stores none"
 
 
@@ -215,6 +313,6 @@ def _source_format(namings: set[str], layers: Iterable[str]) -> str:
     names = list(layers)
     if any(name.startswith(STEMS) for name in names):
         return "kohya"
-    if all(name.startswith(HOST) for name in names) or "kohya" in namings:
+    if all(name.startswith(HOST) for name in names) or namings & {"kohya", "lycoris"}:
         return "generic"
     return "diffusers"

@@ -4,10 +4,11 @@ scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; `rank_pattern` 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..lowrank import LowRank
+from .composed import MAGNITUDE
 from .named import Scales
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -18,6 +19,9 @@ KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 """`init_lora_weights` that leave the base weights as they are. PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and MiCA rewrite
 them, and their files change weights that the files do not hold."""
 
+_ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+"""The key of alpha in each kind of configuration."""
+_MARKS = {"LORA": "lora", "LOHA": "hada_", "LOKR": "lokr_"}
 _SYNTAX = set("$*+?{}[]|()\\")
 
 
@@ -29,16 +33,20 @@ def unpacked(metadata: Mapping[str, object]) -> dict[str, object]:
     return dict(metadata)
 
 
-def scales(config: Mapping[str, object]) -> Scales:
-    """Return the scales that the configuration gives.
+def scales(config: Mapping[str, object], keys: Iterable[str]) -> Scales:
+    """Return the scales that the configuration gives for a file with these keys.
 
     Raises: ValueError if it is not a LoRA's; the result raises it if a rank differs from the file's.
     """
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise ValueError(f"its configuration says peft_type {kind!r}; expected LORA, the only low-rank one")
-    if config.get("use_dora"):
-        raise ValueError("it is in the format DoRA (use_dora), which is refused: it rescales the whole weight")
+    kind = str(config.get("peft_type", "LORA"))
+    if kind not in _ALPHA:
+        raise ValueError(f"its configuration says peft_type {str(kind)[:100]!r}; expected one of {', '.join(_ALPHA)}")
+    mark = MAGNITUDE if config.get("use_dora") else _MARKS[kind]
+    if not any(mark in key for key in keys):
+        raise ValueError(
+            f"its configuration is of {'DoRA' if mark == MAGNITUDE else kind}, with no {mark!r} in its tensors' names; "
+            "the two files belong to different adapters"
+        )
     if config.get("fan_in_fan_out"):
         raise ValueError(
             "its configuration says fan_in_fan_out, for transposed weights, which diffusion models do not have"
@@ -49,14 +57,16 @@ def scales(config: Mapping[str, object]) -> Scales:
             "alone does not give the change; save it again with PEFT's save_pretrained and its option "
             "path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it"
         )
-    rank, alpha = _number(config, "r", whole=True), _number(config, "lora_alpha")
+    rank, alpha = _number(config, "r", whole=True), _number(config, _ALPHA[kind])
     ranks, alphas = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
     stabilised = bool(config.get("use_rslora"))
 
-    def scale(path: str, found: int) -> float | None:
+    def scale(path: str, found: int | None) -> float | None:
         if alpha is None:
             return None
         expected = _matching(ranks, path, rank)
+        if found is None:  # a LoKr of two whole matrices, which PEFT scales all the same
+            found = int(expected or 1)
         if expected is not None and expected != found:
             raise ValueError(
                 f"layer '{path}' has rank {found} but {expected:g} in the configuration; "

@@ -3,18 +3,22 @@
 import re
 from collections.abc import Iterable
 
-_NO_SUM = "which is not a product of two matrices that is added to the weight"
-
 REFUSED = (
-    (r"dora_scale|lora_magnitude_vector", "DoRA", "it rescales the whole weight, which a low-rank change cannot do"),
-    (r"\.hada_", "LoHa", f"it is a product of two low-rank matrices, element by element, {_NO_SUM}"),
-    (r"\.lokr_", "LoKr", f"it is a Kronecker product, {_NO_SUM}"),
-    (r"\.b?oft_|\.oft_R\.", "OFT", "it rotates the weight instead of adding to it"),
-    (r"\.[ab][12]\.weight$", "GLoRA", "it multiplies the weight as well as adding to it"),
+    (r"\.b?oft_[RSs]\b", "OFT of PEFT", "its blocks are stored in another form than LyCORIS'"),
+    (
+        r"\.lambda_layer$|\.[pq]_layer\.weight$",
+        "T-LoRA",
+        "its rank depends on the noise level, and the matrices that its change is measured from are not in the file",
+    ),
+    (
+        r"\.(qkv|proj)_lora\d?\.",
+        "LoRA inside Flux processors (XLabs, USO)",
+        "its names are not those of the model's layers",
+    ),
+    (r"\.bm\.weight$", "GLoRA with a third factor", "it is not a product of two matrices"),
     (r"\.on_input$|\bia3_l\b|_ia3_l\b", "IA3", "it scales activations instead of adding to the weight"),
     (r"\bvera_lambda_|_vera_lambda_", "VeRA", "its matrices are shared and random, and not in the file"),
     (r"\.lora_embedding_[AB]\b", "LoRA of an embedding", "UnGuide changes layers of the diffusion model only"),
-    (r"\.lora_mid\.weight$", "LoCon with a third factor (CP decomposition)", "it is not a product of two matrices"),
     (r"\.reshape_weight$", "LoRA with reshaped weights", "it enlarges the model's layers"),
     (r"\.lora_(update|degen)\b|\bselector\.select_", "GLoCE", "a gate inside it opens and closes with the activations"),
     (r"attention_gate|\battn_gate\b|edit_direction", "CPE", "an attention gate inside it decides, token by token"),
@@ -32,8 +36,8 @@ REFUSED = (
 """(pattern of a key, the format's name, why it cannot be used)."""
 
 REMEDY = (
-    "use a low-rank adapter in UnGuide's, kohya's (lora_unet_...), PEFT's, diffusers' or ComfyUI's naming, or convert "
-    "it to one with the tool that wrote it"
+    "use an adapter in UnGuide's, kohya's (lora_unet_...), LyCORIS', PEFT's, diffusers' or ComfyUI's naming, or "
+    "convert it to one with the tool that wrote it"
 )
 
 
