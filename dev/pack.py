@@ -27,7 +27,7 @@ def start_host() -> None:
     """
     if "UNGUIDE_COMFYUI" not in os.environ:
         raise RuntimeError("this needs a ComfyUI on the import path: run it with `python3 dev test`")
-    import utils.extra_config  # noqa: F401 - as main.py does: up to 0.18, nodes.py puts comfy/utils.py before it
+    import utils  # noqa: F401 - as main.py does it: up to 0.18, nodes.py puts comfy/utils.py in front
     from comfy.cli_args import args
 
     args.cpu = os.environ.get("UNGUIDE_HOST_DEVICE", "cpu") == "cpu"

@@ -69,11 +69,15 @@ def tokenizer() -> Path:
 
 @pytest.fixture
 def settings(checkpoint: Path, tokenizer: Path, tmp_path: Path) -> dict[str, Any]:
+    return quick_settings(checkpoint, tokenizer, tmp_path)
+
+
+def quick_settings(checkpoint: Path, tokenizer: Path, out: Path) -> dict[str, Any]:
     """Values of a quick training of one concept at 64 x 64 pixels."""
     return {
         "base": checkpoint,
         "tokenizer": tokenizer,
-        "out": tmp_path,
+        "out": out,
         "size": 64,
         "calibrate": False,
         "recipe": dict(QUICK),

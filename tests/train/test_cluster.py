@@ -42,9 +42,16 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def test_a_killed_workers_concept_goes_on_from_its_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_killed_workers_concept_goes_on_and_one_that_cannot_be_trained_is_reported(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     settings["recipe"] |= {"iterations": 12, "refresh": 4, "check": 0}
-    settings["concepts"] = [{"concept": "cat", "reference": "forest"}, {"concept": "dog", "reference": "field"}]
+    (tmp_path / "blocked").write_text("a file where a folder is needed")
+    settings["concepts"] = [
+        {"concept": "cat", "reference": "forest"},
+        {"concept": "ship", "reference": "sea", "out": str(tmp_path / "blocked" / "ship.safetensors")},
+        {"concept": "dog", "reference": "field"},
+    ]
     config = from_values(settings)
     killed: list[int] = []
     gone = threading.Event()
@@ -58,6 +65,7 @@ def test_a_killed_workers_concept_goes_on_from_its_checkpoint(settings: dict[str
         gone.set()
         watcher.join()
     assert len(killed) == 1
+    assert isinstance(finished["ship"], OSError)
     cat, dog = finished["cat"], finished["dog"]
     assert not isinstance(cat, Exception), cat
     assert not isinstance(dog, Exception), dog
@@ -85,19 +93,6 @@ def test_a_concept_whose_worker_is_killed_for_memory_every_time_is_given_up(sett
     assert "its worker was lost 2 times" in str(error)
     assert "memory" in str(error)
     assert caplog.text.count("cat: its worker was lost") == 1
-
-
-def test_a_concept_that_cannot_be_trained_is_reported_and_the_others_are_trained(settings, tmp_path) -> None:
-    settings |= {"preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10}}
-    settings["concepts"] = [
-        {"concept": "cat", "reference": "forest", "out": str(tmp_path / "blocked" / "cat.safetensors")},
-        {"concept": "dog", "reference": "field"},
-    ]
-    (tmp_path / "blocked").write_text("a file where a folder is needed")
-    config = from_values(settings)
-    finished = {concept.concept: result for concept, result in train_on_ray(config, config.concepts, "local", 2)}
-    assert isinstance(finished["cat"], OSError)
-    assert load_adapter(finished["dog"].path).card.concept == "dog"
 
 
 def test_auto_uses_the_cluster_that_is_there_and_leaves_it_running(settings, monkeypatch) -> None:

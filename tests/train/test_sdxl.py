@@ -32,8 +32,9 @@ WIDTHS = 64, 128
 LAYERS = 3
 TABLE = "{}embeddings.token_embedding.weight"
 PROMPTS = ("a photo of the cat", "")
-# as in test_agreement, but for the last: random weights leave more gradients near 0, whose signs Adam's steps follow
-LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "change of weights, relative": 1e-1}
+# as in test_agreement, and for all layers but the worst: random weights leave gradients so near 0 that rounding decides
+# their signs, which Adam's steps follow: a relative difference of 1e-1 is one entry in 400 that went the other way
+LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "median change": 1e-2, "largest change": 1e-1}
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,12 @@ def test_a_checkpoint_file_of_the_hosts_making_is_the_same_base_as_the_folder(ti
     torch.testing.assert_close(*same)
 
 
+def deviation(one: Any, other: Any) -> float:
+    """The relative difference of two layers' changes."""
+    delta = one.weight_delta()
+    return float((delta - other.weight_delta()).norm() / delta.norm())
+
+
 def test_both_trainers_give_the_same_adapter_and_its_file_fits_the_hosts_model(tiny: Tiny, config: Config) -> None:
     summary = train_concept(config, config.concepts[0], quiet=True)
     here, there = load_adapter(summary.path), in_the_graph(tiny.model, tiny.conditioning, config)
@@ -247,12 +254,12 @@ def test_both_trainers_give_the_same_adapter_and_its_file_fits_the_hosts_model(t
     assert summary.loss == pytest.approx(there.losses[-1], rel=LIMITS["loss, relative"])
     names = pack_module("unguide_comfy.train.predictor")._kohya_names(tiny.model.model)
     assert {names[path] for path in there.adapter.layers} == set(here.layers)
-    largest = 0.0
-    for path, layer in there.adapter.layers.items():
-        delta, other = layer.weight_delta(), here.layers[names[path]].weight_delta()
-        largest = max(largest, float((delta - other).norm() / delta.norm()))
-    print(f"SDXL: largest relative difference of a layer's change: {largest:.2e}")
-    assert largest < LIMITS["change of weights, relative"]
+    apart = sorted(deviation(layer, here.layers[names[path]]) for path, layer in there.adapter.layers.items())
+    print(
+        f"SDXL: relative difference of a layer's change: median {apart[len(apart) // 2]:.2e}, largest {apart[-1]:.2e}"
+    )
+    assert apart[len(apart) // 2] < LIMITS["median change"]
+    assert apart[-1] < LIMITS["largest change"]
     assert here.card.base_hash == there.adapter.card.base_hash
     read = pack_module("unguide_core.formats").load_adapter(Path(summary.path))
     matched = pack_module("unguide_comfy.lora.match").match(read, tiny.model.model, "cat").layers
@@ -281,9 +288,9 @@ def test_the_command_line_trains_it_from_a_folder_and_from_a_file(tiny: Tiny, tm
         out = str(tmp_path / f"{name}.safetensors")
         assert main([*words, *quick, "--base", *source, "--out", out]) == 0, capsys.readouterr().err
     folder, file = (load_adapter(tmp_path / f"{name}.safetensors") for name in sources)
-    for name, layer in folder.layers.items():
-        delta, other = layer.weight_delta(), file.layers[name].weight_delta()
-        assert float((delta - other).norm()) < LIMITS["change of weights, relative"] * float(delta.norm())
+    apart = sorted(deviation(layer, file.layers[name]) for name, layer in folder.layers.items())
+    assert apart[len(apart) // 2] < LIMITS["median change"]
+    assert apart[-1] < LIMITS["largest change"]
     assert folder.card.base_model == file.card.base_model == "tiny-sdxl"
 
 
