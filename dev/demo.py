@@ -145,6 +145,9 @@ class Demo:
         """Yield one prompt's cells, in the order of the columns."""
         graph = self.graph(COMPARISON, row.prompt)
         report_node = workflow.node_of_type(graph, "PreviewAny")
+        source, _ = graph[report_node]["inputs"]["source"]
+        outputs = self.object_info[graph[source]["class_type"]]["output_name"]
+        graph[report_node]["inputs"]["source"] = [source, outputs.index("json")]
         cells = {}
         for column, prefix in COLUMNS.items():
             self.progress(f"workflow {COMPARISON}: {row.prompt}, {column}")

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..unguide_comfy.lora.load import ErasureLora
 from ..unguide_comfy.probe.calibrate import CalibrationSettings, calibrate_from_texts
+from ..unguide_comfy.report.progress import Counter
 from ..unguide_core.training.prompts import OTHER_PROMPTS
 from .wires import ErasureLoraWire, advanced, erasure_lora_input, schema
 
@@ -94,7 +95,9 @@ class CalibrateErasureLora(io.ComfyNode):
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         settings = CalibrationSettings(cfg, repeats=repeats, seed=seed)
         texts = [_lines(text) for text in (concept_prompts, other_prompts)]
-        calibrated = calibrate_from_texts(model, clip, erasure_lora, *texts, latent, settings)
+        calibrated = calibrate_from_texts(
+            model, clip, erasure_lora, *texts, latent, settings, Counter("Calibrating", "prompts")
+        )
         report = {lora.name: dict(lora.adapter.card.calibration) for lora in calibrated}
         return io.NodeOutput(tuple(calibrated), json.dumps(report, indent=1))
 

@@ -34,6 +34,7 @@ class UnGuideModel(io.ComfyNode):
                     tooltip="A decision from Stability Probe for this model and erasure LoRA, used instead of a probe.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(display_name="model", tooltip="The model, for any sampler node.")],
         )
 
@@ -45,7 +46,8 @@ class UnGuideModel(io.ComfyNode):
         settings: Settings | None = None,
         decision: tuple[Decision, ...] | None = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(guided(model, erasure_lora, settings or Settings(), decision))
+        node = str(getattr(cls.hidden, "unique_id", None) or "")
+        return io.NodeOutput(guided(model, erasure_lora, settings or Settings(), decision, node=node))
 
 
 NODES = [UnGuideModel]

@@ -13,8 +13,8 @@ from ..unguide_comfy.probe.settings import Settings
 from ..unguide_comfy.report.plot import report_plot
 from ..unguide_comfy.report.progress import show
 from ..unguide_comfy.report.records import leading
-from ..unguide_comfy.report.text import report_json
-from .wires import DecisionWire, erasure_lora_input, schema, settings_input
+from ..unguide_comfy.report.text import report_json, report_text, verdict_line
+from .wires import DecisionWire, erasure_lora_input, schema, settings_input, shown
 
 
 class StabilityProbe(io.ComfyNode):
@@ -61,7 +61,8 @@ class StabilityProbe(io.ComfyNode):
                 io.Float.Output(display_name="score", tooltip="The deciding statistic; of a stack, the highest one."),
                 io.Boolean.Output(display_name="detected", tooltip="Whether the prompt carries an erased concept."),
                 io.Image.Output(display_name="plot", tooltip="All statistics, against their thresholds."),
-                io.String.Output(display_name="report", tooltip="Everything that the probe measured, as JSON."),
+                io.String.Output(display_name="report", tooltip="What the probe measured, to read."),
+                io.String.Output(display_name="json", tooltip="Everything that the probe measured, as JSON."),
             ],
         )
 
@@ -86,15 +87,18 @@ class StabilityProbe(io.ComfyNode):
         chosen = replace(settings or Settings(), seed=seed)
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         decisions, verdicts, cost = probe_prompt(model, erasure_lora, chosen, guider, latent)
-        show(verdicts)
+        show(verdicts, sampling=False)
+        plot = report_plot(verdicts)
         first = leading(decisions)
         return io.NodeOutput(
             tuple(decisions),
             first.weight,
             first.score,
             first.detected,
-            report_plot(verdicts),
+            plot,
+            report_text(verdicts, cost),
             report_json(verdicts, cost),
+            ui=shown(cls, plot, verdict_line(verdicts, sampling=False)),
         )
 
 

@@ -13,8 +13,8 @@ from ..unguide_comfy.lora.load import ErasureLora
 from ..unguide_comfy.probe.settings import Settings
 from ..unguide_comfy.report.plot import report_plot
 from ..unguide_comfy.report.records import Cost, Verdict
-from ..unguide_comfy.report.text import report_json
-from .wires import erasure_lora_input, schema, settings_input
+from ..unguide_comfy.report.text import report_json, report_text, verdict_line
+from .wires import erasure_lora_input, schema, settings_input, shown
 
 
 class UnGuideSampler(io.ComfyNode):
@@ -74,7 +74,8 @@ class UnGuideSampler(io.ComfyNode):
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The denoised latent."),
                 io.Image.Output(display_name="plot", tooltip="What the gate measured, against its threshold."),
-                io.String.Output(display_name="report", tooltip="What was decided and what it cost, as JSON."),
+                io.String.Output(display_name="report", tooltip="What was decided and what it cost, to read."),
+                io.String.Output(display_name="json", tooltip="The same as JSON, for programs."),
             ],
         )
 
@@ -100,7 +101,9 @@ class UnGuideSampler(io.ComfyNode):
             patched, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
         verdicts, cost = runs[-1] if runs else ((), Cost({}, 0.0, 0.0))  # at denoise 0 nothing is sampled
-        return io.NodeOutput(latent, report_plot(verdicts), report_json(verdicts, cost))
+        plot = report_plot(verdicts)
+        report = report_text(verdicts, cost), report_json(verdicts, cost)
+        return io.NodeOutput(latent, plot, *report, ui=shown(cls, plot, verdict_line(verdicts, finished=True)))
 
 
 NODES = [UnGuideSampler]

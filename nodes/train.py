@@ -4,10 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.sample
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
+from ..unguide_comfy.report.plot import as_image, loss_curve
 from ..unguide_comfy.train.finish import Concept, Encoded, train_concept
 from ..unguide_comfy.train.job import DISCARD, ON_CANCEL
+from ..unguide_comfy.train.show import SIDE
 from ..unguide_core.training.layers import CUSTOM, LAYERS
 from ..unguide_core.training.prompts import KEPT, PREFIX, SCENES, lines, listed
 from ..unguide_core.training.recipe import PRESETS
@@ -203,12 +205,12 @@ class TrainErasureLora(io.ComfyNode):
                 advanced(
                     io.Int,
                     "preview_every",
-                    default=0,
+                    default=20,
                     min=0,
                     max=10000,
                     optional=True,
-                    tooltip="Iterations between previews of the concept's prompt. 0: none. Each costs 20 model "
-                    "evaluations, and needs previews to be on in ComfyUI's settings.",
+                    tooltip="Iterations between previews of the concept's prompt, shown on the node beside the loss. "
+                    "Each costs 20 model evaluations. 0: none.",
                 ),
                 advanced(
                     io.Combo,
@@ -263,7 +265,7 @@ class TrainErasureLora(io.ComfyNode):
         scenes: str = ", ".join(SCENES),
         keep_prompts: str = "\n".join(KEPT),
         rows: int = 16,
-        preview_every: int = 0,
+        preview_every: int = 20,
         on_cancel: str = DISCARD,
         target: Any = None,
         reference_prompt: Any = None,
@@ -294,7 +296,8 @@ class TrainErasureLora(io.ComfyNode):
             rows=rows,
             preview_every=preview_every,
         )
-        return io.NodeOutput((lora,), {"loss": list(losses)})
+        curve = as_image(loss_curve(losses, recipe.iterations, SIDE))
+        return io.NodeOutput((lora,), {"loss": list(losses)}, ui=ui.PreviewImage(curve, cls=cls))
 
 
 NODES = [TrainErasureLora]

@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
+
+from ..unguide_comfy.report.text import Line
 
 CATEGORY = "UnGuide"
 
@@ -24,6 +26,11 @@ def advanced(kind: Any, name: str, **options: Any) -> Any:
         return kind.Input(name, advanced=True, **options)
     except TypeError:
         return kind.Input(name, **options)
+
+
+def shown(node: Any, plot: Any, line: Line) -> dict[str, Any]:
+    """What a node shows after a run: the plot as a preview, and the verdict for the page's badge."""
+    return {**ui.PreviewImage(plot, cls=node).as_dict(), "unguide_verdict": [dataclasses.asdict(line)]}
 
 
 def erasure_lora_input() -> Any:

@@ -62,7 +62,7 @@ def image_graph(settings: Settings, job: Job, *, lora_by_host: bool = True, step
         return graph
     strength = method.value if method.way == LORA else settings.strength
     graph |= erasure_graph(settings, strength)
-    graph[REPORT] = _node("PreviewAny", source=["sampler", 2])
+    graph[REPORT] = _node("PreviewAny", source=["sampler", 3])
     if method.way in GATES:
         gate: dict[str, Any] = {"decide": GATES[method.way]}
     else:

@@ -19,7 +19,7 @@ from tests.host.conftest import CAT, LORA, UNRELATED, Demo, Observer, guided, ks
 
 baseline, keys = pack_module("unguide_comfy.probe.baseline"), pack_module("unguide_comfy.model.key")
 probe_node = pack_module("nodes.probe").StabilityProbe
-summary = pack_module("unguide_comfy.report.text").summary
+verdict_line = pack_module("unguide_comfy.report.text").verdict_line
 TO_THE_PROBE = {"steps": 20, "last_step": 3}
 """The steps of an image up to the probe."""
 
@@ -89,8 +89,10 @@ def test_with_neither_the_papers_rule_decides_and_the_node_warns(demo, demo_lora
     observer = decided(demo, without_calibration(without_clip(demo_lora)), CAT)
     assert observer.decision.statistic == "paper"
     assert "the negative prompt stands in for the neutral one" in observer.decision.reason
-    assert "WARNING, weak gate: connect a CLIP to Load Erasure LoRA" in summary(observer.verdicts[0])
-    assert "WARNING, weak gate" in caplog.text
+    assert "the concept's own prompt in Load Erasure LoRA: connect a CLIP to it" in observer.decision.reason
+    assert verdict_line(observer.verdicts, finished=True).text == "weak gate: erased cat"
+    (said,) = [record for record in caplog.records if "weak gate" in record.getMessage()]
+    assert said.levelname == "WARNING"
 
 
 def test_a_chosen_statistic_and_threshold_are_taken(demo, demo_lora):
@@ -116,7 +118,7 @@ def test_a_higher_false_positive_rate_lowers_the_threshold(demo, demo_lora):
 
 def test_the_node_reports_every_statistic(demo, demo_lora):
     prompts = demo.encode(CAT), demo.encode("")
-    decisions, weight, score, detected, plot, report = probe_node.execute(
+    decisions, weight, score, detected, plot, report, content = probe_node.execute(
         demo.model, (demo_lora,), *prompts, latent(), 4.0, 0
     ).args
     assert [statistic.name for statistic in decisions[0].statistics] == ["influence", "alignment", "paper"]
@@ -125,7 +127,8 @@ def test_the_node_reports_every_statistic(demo, demo_lora):
     assert plot.ndim == 4
     assert plot.shape[3] == 3
     assert 0.0 <= float(plot.min()) < float(plot.max()) <= 1.0
-    content = json.loads(report)
+    assert report.startswith("Detected 'cat' before the first step; ")
+    content = json.loads(content)
     (erasure,) = content["erasure"]
     assert (erasure["erasure_lora"], erasure["detected"], erasure["step"]) == (LORA, True, None)
     assert [statistic["name"] for statistic in erasure["decision"]["statistics"]] == ["influence", "alignment", "paper"]

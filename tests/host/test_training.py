@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -186,22 +188,50 @@ def test_a_learning_rate_that_diverges_stops_with_a_sentence_and_a_clean_model(d
 
 
 def test_previews_are_sent_to_the_page_every_n_iterations_and_at_the_end(demo, job, latent, monkeypatch):
-    """By the host's own progress bar and previewer, as its samplers send theirs."""
+    """Beside the loss, by the host's own progress bar, whether its samplers show previews or not."""
     import comfy.utils
-    import latent_preview
 
     sent: list[tuple[int, Any]] = []
-    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Latent2RGB)
     monkeypatch.setattr(
         comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: sent.append((value, preview))
     )
+    monkeypatch.setattr(shows, "EVERY", 1e9)
     previewed = replace(job, recipe=replace(QUICK, iterations=5, refresh=5, check=0), preview_every=2)
-    display = shows.TrainingDisplay(demo.model, previewed.recipe.iterations)
-    trained_adapter(demo.model, previewed, latent, display)
-    images = {value: preview for value, preview in sent if preview is not None}
+    trained_adapter(demo.model, previewed, latent, shows.TrainingDisplay(demo.model))
+    images = {value: preview[1] for value, preview in sent if preview is not None}
     assert list(images) == [2, 4, 5]
-    assert {preview[0] for preview in images.values()} == {"JPEG"}
-    assert len({preview[1].resize((8, 8)).tobytes() for preview in images.values()}) == 3
+    side = shows.SIDE
+    assert {image.size for image in images.values()} == {(2 * side, side)}
+    assert len({image.crop((0, 0, side, side)).tobytes() for image in images.values()}) == 3
+    assert len({image.crop((side, 0, 2 * side, side)).tobytes() for image in images.values()}) == 3
+
+
+def test_the_loss_is_shown_at_once_without_a_preview(demo, job, latent, monkeypatch):
+    import comfy.utils
+
+    sent: list[Any] = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: sent.append(preview))
+    trained_adapter(demo.model, job, latent, shows.TrainingDisplay(demo.model))
+    assert sent[0][1].size == (shows.SIDE, shows.SIDE)
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """The lines that a training puts on its node."""
+    lines: list[str] = []
+    for module in (finishes, jobs, shows, pack_module("unguide_comfy.report.progress")):
+        monkeypatch.setattr(module, "say", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("on_cancel", "words"),
+    [("discard", "nothing is kept (on_cancel is 'discard')"), ("keep", "the LoRA as trained so far is kept")],
+)
+def test_the_node_says_what_a_cancelled_training_kept(demo, job, latent, said, on_cancel, words):
+    with contextlib.suppress(comfy.model_management.InterruptProcessingException):
+        trained_adapter(demo.model, replace(job, on_cancel=on_cancel), latent, interrupting(2))
+    assert said == [f"Cancelled at iteration 2 of 4: {words}"]
 
 
 @pytest.fixture
@@ -330,11 +360,26 @@ def few_prompts(monkeypatch):
     monkeypatch.setattr(finishes, "calibration_prompts", few)
 
 
-def test_the_node_gives_an_erasure_lora_that_the_sampler_takes_and_the_hosts_loss_map(demo, latent, few_prompts):
+def require_counts(said: list[str]) -> None:
+    """The node counted what comes before and after the training, and said at the end what there is."""
+    counted = [(line.split(":")[0], re.search(r": (\d+) of (\d+); \d+ s left$", line)) for line in said]
+    steps = dict.fromkeys(what for what, numbers in counted if numbers)
+    assert list(steps) == ["Encoding prompts", "Generating latents to train at", "Calibrating the gate, prompts"]
+    for step in steps:
+        numbers = [tuple(map(int, found.groups())) for what, found in counted if what == step and found]
+        (total,) = {total for _, total in numbers}
+        assert [done for done, _ in numbers] == sorted(done for done, _ in numbers)
+        assert numbers[-1][0] == total > 1
+    assert re.match(r"Trained: \d+ of \d+ iterations, loss 0\.\d{4}; calibrated$", said[-1])
+
+
+def test_the_node_gives_an_erasure_lora_that_the_sampler_takes_and_the_hosts_loss_map(demo, latent, few_prompts, said):
     from comfy_extras.nodes_train import LossGraphNode
 
     out = node.execute(demo.model, {"samples": latent}, **WORDS, **WIDGETS, **FEW, clip=demo.clip)
     (lora,), losses = out.args
+    require_counts(said)
+    assert len(out.ui.as_dict()["images"]) == 1
     assert len(losses["loss"]) == 2
     assert lora.concept_prompt == "a photo of the cat"
     card = lora.adapter.card

@@ -20,6 +20,8 @@ TWINS = ROOT / "tests" / "fixtures" / "workflows"
 STEMS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 CAT, DOG = "a photo of the cat", "a photo of the dog"
 GUIDED = ("UnGuideModel", "UnGuideSampler", "UnGuideProbe")
+REPORT_AS_JSON = {"UnGuideSampler": 3, "UnGuideProbe": 6}
+"""The output that holds what the report says, for programs."""
 SETTINGS = "UnGuideSettings"
 
 
@@ -43,7 +45,7 @@ def our_nodes(object_info: dict[str, Any]) -> dict[str, Any]:
 
 
 def twin(stem: str, settings: dict[str, Any] | None = None, **inputs: Any) -> Graph:
-    """The API-format twin of a workflow, changed.
+    """The API-format twin of a workflow, changed; where it shows a report, it shows it as JSON.
 
     Args:
         settings: of an UnGuide Settings node that all guided nodes are connected to; what is not named has its default.
@@ -57,6 +59,9 @@ def twin(stem: str, settings: dict[str, Any] | None = None, **inputs: Any) -> Gr
         for name, value in inputs.items():
             if name in node["inputs"] and not isinstance(node["inputs"][name], list):
                 node["inputs"][name] = value
+        if node["class_type"] == "PreviewAny":
+            source = node["inputs"]["source"][0]
+            node["inputs"]["source"] = [source, REPORT_AS_JSON[graph[source]["class_type"]]]
     if settings is not None:
         (defaults,) = [node for node in _read("4_custom_sampling").values() if node["class_type"] == SETTINGS]
         for node in graph.values():
@@ -84,6 +89,6 @@ def image(server: Server, entry: dict[str, Any], graph: Graph, title: str) -> tu
 
 
 def report(entry: dict[str, Any]) -> dict[str, Any]:
-    """The report that a workflow shows as text."""
+    """The report that a workflow shows."""
     (text,) = [output["text"][0] for output in entry["outputs"].values() if "text" in output]
     return json.loads(text)

@@ -19,7 +19,14 @@ COLUMNS = ("1: base", "2: LoRA only", "3: UnGuide")
 STEPS = 10
 KEPT = "\n".join(f"a photo of the {word}" for word in ("dog", "bird", "ship", "car", "forest", "sea", "sky", "house"))
 FEW = {"iterations": 3, "sampling_steps": 2, "scenes": "", "keep_prompts": KEPT}
-IMAGE_NODES = ("SaveImage", "PreviewImage", "LossGraphNode")
+IMAGE_NODES = (
+    "SaveImage",
+    "PreviewImage",
+    "LossGraphNode",
+    "UnGuideSampler",
+    "UnGuideProbe",
+    "UnGuideTrainErasureLora",
+)
 # these workflows show a report
 REPORTING = ("1_quick_start", "2_probe_then_sample", COMPARISON)
 
@@ -41,6 +48,17 @@ def finished(server: Server) -> dict[tuple[str, str], Run]:
             graph = twin(stem, prompt=prompt, steps=STEPS, **FEW)
             runs[stem, prompt] = (server.api.run(graph), graph)
     return runs
+
+
+def test_the_report_is_for_people_and_the_node_shows_the_verdict(server: Server) -> None:
+    graph = twin("1_quick_start", prompt=CAT, steps=STEPS)
+    (node,) = [key for key, value in graph.items() if value["class_type"] == "PreviewAny"]
+    sampler = graph[node]["inputs"]["source"][0]
+    graph[node]["inputs"]["source"] = [sampler, 2]
+    outputs = server.api.run(graph)["outputs"]
+    (text,) = outputs[node]["text"]
+    assert text.startswith(f"Detected 'cat' at step 2 of {STEPS} and erased it; 3 extra model evaluations.")
+    assert outputs[sampler]["unguide_verdict"] == [{"kind": "erased", "text": "erased: cat"}]
 
 
 def comparison(server: Server, finished: dict[tuple[str, str], Run], prompt: str) -> list[Any]:

@@ -36,6 +36,7 @@ def guided(
     decisions: Sequence[Decision] | None = None,
     observer: RunObserver | None = None,
     start: Start | None = None,
+    node: str = "",
 ) -> Any:
     """Return a clone of a `ModelPatcher` that samples with the erasure LoRAs behind a gate.
 
@@ -45,6 +46,7 @@ def guided(
         decisions: made before (by the Stability Probe node), one per erasure LoRA, used instead of probes.
         observer: called with what was decided and what it cost after every sampling run.
         start: what the official probe otherwise draws at random.
+        node: the id of the node on the page that shows what becomes of these erasure LoRAs.
     Raises: AdapterError if an adapter does not fit the model; ValueError if a decision was made for another model or
         adapter, or the concept's prompt is needed and missing.
     """
@@ -61,7 +63,7 @@ def guided(
     if decisions is not None:
         _check_decisions(decisions, loras, clone)
     branches = [
-        Branch(lora, match(lora.adapter, clone.model, lora.name).layers, settings, decision, start)
+        Branch(lora, match(lora.adapter, clone.model, lora.name).layers, settings, decision, start, node)
         for lora, decision in zip(loras, decisions or [None] * len(loras), strict=True)
     ]
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, OURS, gated_conditionals)
@@ -126,7 +128,7 @@ class GatedSampling:
 
     def announce(self, verdicts: Sequence[Verdict], finished: bool = False) -> None:
         """Say how things stand, after every decision and at the end."""
-        show(verdicts, finished)
+        show(verdicts, finished=finished)
 
     def _gate(
         self,

@@ -45,6 +45,7 @@ class Branch:
         layers: as matched with the model, by module path.
         decision: made before (by the Stability Probe node), used instead of a probe.
         start: what the official probe otherwise draws at random.
+        node: the id of the UnGuide node that put the erasure LoRA on the model; "" where another node did.
     """
 
     lora: ErasureLora
@@ -52,6 +53,7 @@ class Branch:
     settings: Settings
     decision: Decision | None = None
     start: Start | None = None
+    node: str = ""
 
 
 class Gate:
@@ -234,7 +236,7 @@ class Gate:
     def verdicts(self) -> tuple[Verdict, ...]:
         """Return what was decided so far."""
         return tuple(
-            Verdict(branch.lora, branch.settings.decide, decisions, _numbers(weight))
+            Verdict(branch.lora, branch.settings.decide, decisions, _numbers(weight), branch.node)
             for branch, decisions, weight in zip(self.branches, self.decisions, self.run.weights, strict=True)
         )
 
@@ -242,7 +244,7 @@ class Gate:
         """Return what was spent so far, per latent of a batch."""
         evaluations = self.run.evaluations
         spent = {kind: rows / samples for kind, rows in evaluations.spent.items()}
-        return Cost(spent, evaluations.plain / samples, seconds)
+        return Cost(spent, evaluations.plain / samples, seconds, len(self._sigmas) - 1)
 
 
 def gated_conditionals(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,18 @@ def encoder(clip: Any) -> Callable[[str], Conditioning]:
     return lambda prompt: clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
 
-def encode_prompts(clip: Any, prompts: Iterable[str]) -> dict[str, Conditioning]:
-    """Return every prompt's CONDITIONING. Raises: ValueError without a text encoder."""
-    encode = encoder(clip)
-    return {prompt: encode(prompt) for prompt in prompts}
+def encode_prompts(
+    clip: Any, prompts: Sequence[str], watch: Callable[[int, int], None] | None = None
+) -> dict[str, Conditioning]:
+    """Return every prompt's CONDITIONING.
+
+    Args:
+        watch: called after each with how many are encoded of how many.
+    Raises: ValueError without a text encoder.
+    """
+    encode, encoded = encoder(clip), {}
+    for done, prompt in enumerate(prompts, start=1):
+        encoded[prompt] = encode(prompt)
+        if watch is not None:
+            watch(done, len(prompts))
+    return encoded

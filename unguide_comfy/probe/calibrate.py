@@ -6,7 +6,7 @@ may probe. What follows from the scores is in `unguide_core.probe.calibration`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +67,7 @@ def calibrate(
     negative: Conditioning,
     latent: torch.Tensor,
     settings: CalibrationSettings,
+    watch: Callable[[int, int], None] | None = None,
 ) -> list[Calibration]:
     """Return each erasure LoRA's calibration for this model.
 
@@ -75,6 +76,7 @@ def calibrate(
         prompts: one set per erasure LoRA.
         negative: the negative prompt of the rollouts.
         latent: whose shape is used, [B, C, ...].
+        watch: called after each prompt with how many are done of how many.
     Raises: ValueError if an erasure LoRA has no concept's or neutral prompt encoded, or there are no other prompts.
     """
     for lora in loras:
@@ -89,10 +91,10 @@ def calibrate(
     guider = comfy.samplers.CFGGuider(base)
     guider.set_conds(loras[0].neutral, negative)
     guider.set_cfg(settings.cfg)
-    bar = comfy.utils.ProgressBar(1)
 
     def shown(done: int, total: int) -> None:
-        bar.update_absolute(done, total)
+        if watch is not None:
+            watch(done, total)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def calibrated(guider: Any, extra_args: dict[str, Any], shape: torch.Size) -> list[Calibration]:
@@ -120,6 +122,7 @@ def calibrate_from_texts(
     other_texts: Sequence[str],
     latent: torch.Tensor,
     settings: CalibrationSettings,
+    watch: Callable[[int, int], None] | None = None,
 ) -> list[ErasureLora]:
     """Return the erasure LoRAs calibrated for this model, with prompts as text.
 
@@ -127,6 +130,7 @@ def calibrate_from_texts(
         concept_texts: prompts with the concept; none for those that follow from each adapter's metadata.
         other_texts: prompts without it, besides the empty one. Those that name an adapter's concept or a synonym
             are left out.
+        watch: as in `calibrate`.
     Raises: as `calibrate`.
     """
     encode = encoder(clip)
@@ -138,7 +142,7 @@ def calibrate_from_texts(
         own = concept_texts or concept_prompts(card.concept, lora.concept_prompt, card.synonyms)
         unrelated = [encoded for text, encoded in others.items() if not names_a_word(text, words)]
         prompts.append(CalibrationPrompts(lora.concept, [encode(text) for text in own], unrelated, lora.name))
-    found = calibrate(model, loras, prompts, others[""], latent, settings)
+    found = calibrate(model, loras, prompts, others[""], latent, settings, watch)
     return [with_calibration(lora, calibration) for lora, calibration in zip(loras, found, strict=True)]
 
 

@@ -24,6 +24,8 @@ from .predictions import Predictions, Wanted
 from .settings import Settings
 
 EITHER = ("influence", "alignment")
+WEAK, UNCALIBRATED_HERE = "weak gate", "not calibrated"
+"""Caveats of a decision."""
 
 
 def decide(
@@ -83,7 +85,21 @@ class _Probe:
             parts.append(self.calibrated.note)
         if names == ("paper",) and self.neutral is None:
             parts.append("the negative prompt stands in for the neutral one")
+        if self.caveat == WEAK:
+            missing = (
+                "connect a CLIP to it" if self.lora.neutral is None else "the file names no concept; name it there"
+            )
+            parts.append(f"a weak rule, for want of the concept's own prompt in Load Erasure LoRA: {missing}")
         return names, "; ".join(parts)
+
+    @property
+    def caveat(self) -> str:
+        """What the user should know about a decision that the gate had to make with too little."""
+        if self.settings.statistic != AUTOMATIC or self.settings.resist_adversarial:
+            return ""
+        if self._best() == "paper":
+            return WEAK
+        return "" if self.calibrated.influence is not None else UNCALIBRATED_HERE
 
     def _best(self) -> str:
         """The best statistic that inputs and calibration allow; the paper's where they allow no other."""
@@ -139,6 +155,7 @@ class _Probe:
             sigma=self.predictions.level,
             step=step,
             influence_map=self._map(sample),
+            caveat=self.caveat,
         )
 
     def _statistic(self, name: str, sample: int | None) -> Statistic:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from ...unguide_core.probe import Decision
+from ...unguide_core.training.prompts import PREFIX
 from ..lora.load import ErasureLora
+from ..probe.settings import ALWAYS
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,14 @@ class Verdict:
         decide: how its gate decides, see `probe.settings.Settings`.
         decisions: one for the whole batch, or one per sample; empty with "always erase", and before the decision.
         weights: the base model's in the blend, likewise.
+        node: the id of the UnGuide node that put the erasure LoRA on the model; "" where another node did.
     """
 
     lora: ErasureLora
     decide: str
     decisions: tuple[Decision, ...]
     weights: tuple[float, ...]
+    node: str = ""
 
     @property
     def decision(self) -> Decision | None:
@@ -31,9 +36,32 @@ class Verdict:
         return leading(self.decisions) if self.decisions else None
 
     @property
+    def waiting(self) -> bool:
+        """Whether the gate has not decided yet."""
+        return not self.decisions and self.decide != ALWAYS
+
+    @property
+    def detected(self) -> bool:
+        """Whether the concept was detected in any sample, or is erased without asking."""
+        return any(one.detected for one in self.decisions) or self.decide == ALWAYS
+
+    @property
+    def caveat(self) -> str:
+        """Why the decision is less sure than it could be; empty where all is well."""
+        return self.decision.caveat if self.decision is not None else ""
+
+    @property
     def concept(self) -> str:
         """What is erased, in words: the concept's prompt, or the file's name where that is unknown."""
         return self.lora.concept_prompt or self.lora.name
+
+    @property
+    def word(self) -> str:
+        """What is erased, as short as can be: "cat" for "a photo of the cat"; else the file's name."""
+        card = self.lora.adapter.card
+        if card.concept and self.lora.concept_prompt in ("", card.concept_prompt):
+            return card.concept
+        return self.lora.concept_prompt.removeprefix(PREFIX).strip() or PurePath(self.lora.name).stem
 
 
 @dataclass(frozen=True)
@@ -44,11 +72,13 @@ class Cost:
         evaluations: model evaluations (NFE) per latent of the batch, by kind; see `blend.state.Evaluations`.
         plain: what the same run takes without UnGuide, likewise.
         seconds: wall time of gates and sampling.
+        steps: of the run; 0 where nothing was sampled, as by Stability Probe.
     """
 
     evaluations: dict[str, float]
     plain: float
     seconds: float
+    steps: int = 0
 
     @property
     def total(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from ...unguide_core.training.prompts import (
 from ...unguide_core.training.recipe import Recipe
 from ..lora.load import Conditioning, ErasureLora, encode_prompts
 from ..probe.calibrate import CalibrationSettings, calibrate
-from ..report.progress import say
+from ..report.progress import Counter, say
 from .job import DISCARD, PREVIEW_CFG, Job, train
 from .show import TrainingDisplay
 
@@ -132,7 +132,7 @@ def train_concept(
         target, reference = concept.prompt(concept.concept), concept.prompt(concept.reference)
     else:
         prompts = recipe.trained_prompts(texts)
-        conditionings = encode_prompts(clip, prompts.names)
+        conditionings = encode_prompts(clip, prompts.names, Counter("Encoding", "prompts"))
         target, reference = texts.erased[0].target, texts.erased[0].reference
     card = Card(
         concept=concept.concept.strip(),
@@ -142,9 +142,8 @@ def train_concept(
         objective=preset,
     )
     job = Job(recipe, prompts, conditionings, card, **options)
-    say("Generating the latents to train at")
-    trained = train(model, job, latent, TrainingDisplay(model, recipe.iterations))
-    say(f"Trained in {trained.training.iteration} iterations; calibrating the gate")
+    say("Loading the model")
+    trained = train(model, job, latent, TrainingDisplay(model), Counter("Generating", "latents to train at"))
     own, others = ([], []) if clip is None else calibration_prompts(texts, concept.words)
     lora = ErasureLora(
         name=card.concept or "trained here",
@@ -157,7 +156,10 @@ def train_concept(
     cancelled = comfy.model_management.InterruptProcessingException
     interrupted = () if job.on_cancel == DISCARD else (cancelled,)
     adapter = finish(trained.training, trained.card, calibrated, interrupted=interrupted, log=log.warning)
-    return replace(lora, adapter=adapter), tuple(trained.training.losses)
+    done, losses = trained.training.iteration, trained.training.losses
+    calibrated_or_not = "calibrated" if adapter.card.calibration else "not calibrated"
+    say(f"Trained: {done} of {recipe.iterations} iterations, loss {losses[-1]:.4f}; {calibrated_or_not}")
+    return replace(lora, adapter=adapter), tuple(losses)
 
 
 def _calibrate(
@@ -172,12 +174,13 @@ def _calibrate(
     """The calibration of a trained adapter, on few noise seeds."""
     if len(others) < MINIMUM_OTHERS:
         raise ValueError(f"there are {len(others)} prompts without the concept; expected at least {MINIMUM_OTHERS}")
-    encoded: Mapping[str, Conditioning] = encode_prompts(clip, (*own, *others))
+    encoded = encode_prompts(clip, (*own, *others))
     assert lora.concept is not None
     assert lora.neutral is not None
     prompts = CalibrationPrompts(
         lora.concept, [encoded[text] for text in own], [encoded[text] for text in others], lora.name
     )
     settings = CalibrationSettings(PREVIEW_CFG, repeats=1, own_repeats=8)
-    (found,) = calibrate(model, [replace(lora, adapter=adapter)], [prompts], lora.neutral, latent, settings)
+    counter = Counter("Calibrating the gate,", "prompts")
+    (found,) = calibrate(model, [replace(lora, adapter=adapter)], [prompts], lora.neutral, latent, settings, counter)
     return found

@@ -24,6 +24,7 @@ from ..blend.wrapper import bare
 from ..lora.load import Conditioning
 from ..model.key import base_hash
 from ..model.task import run_on_model
+from ..report.progress import say
 from .host_state import differentiable, discrete_sigmas, marked_as_training
 from .predictor import HostPredictor, trainable_layers
 from .show import TrainingReport
@@ -83,11 +84,19 @@ class Trained:
 TrainingObserver = Callable[[TrainingReport], None]
 
 
-def train(model: Any, job: Job, latent: torch.Tensor, observer: TrainingObserver | None = None) -> Trained:
+def train(
+    model: Any,
+    job: Job,
+    latent: torch.Tensor,
+    observer: TrainingObserver | None = None,
+    watch: Callable[[int, int], None] | None = None,
+) -> Trained:
     """Train an adapter on a `ModelPatcher`; whatever patches are on it count as the base.
 
     Args:
         latent: whose shape is trained at, [B, C, H, W].
+        observer: called after every iteration.
+        watch: called while latents to train at are generated, with how many there are of how many.
     Raises: ValueError for a model that does not predict eps or v with a discrete schedule, or layers that it does not
         have; TrainingError if training diverges; the host's own exception where it is cancelled.
     """
@@ -103,7 +112,7 @@ def train(model: Any, job: Job, latent: torch.Tensor, observer: TrainingObserver
         def run(guider: Any, extra_args: dict[str, Any], shape: torch.Size) -> Trained:
             conds = {name: _one_row(guider.conds[key][0]["model_conds"]) for name, key in keys.items()}
             options = extra_args["model_options"].get("transformer_options", {})
-            return _train(base, guider.inner_model, job, conds, options, shape, observer)
+            return _train(base, guider.inner_model, job, conds, options, shape, observer, watch)
 
         return run_on_model(guider, one, job.recipe.seed, run, trains=True)
 
@@ -128,6 +137,7 @@ def _train(
     options: Mapping[str, Any],
     shape: torch.Size,
     observer: TrainingObserver | None,
+    watch: Callable[[int, int], None] | None,
 ) -> Trained:
     """The training with the model loaded."""
     device = patcher.load_device
@@ -146,6 +156,7 @@ def _train(
         relieve=predictor.relieve,
         loss_scale=FP16_LOSS_SCALE if half else 1.0,
         sigmas=sigmas.cpu(),
+        watch=watch,
     )
     with differentiable(model), marked_as_training():
         _run(training, predictor, job, observer)
@@ -171,9 +182,21 @@ def _run(training: Training, predictor: HostPredictor, job: Job, observer: Train
                 note = predictor.note or training.denoiser.note
                 observer(TrainingReport(progress, left, _preview(training, progress, job), note))
     except comfy.model_management.InterruptProcessingException:
+        said = _cancelled(training.iteration, job)
+        say(said)
+        log.info("UnGuide: %s", said)
         if job.on_cancel == DISCARD or training.iteration == 0:
             raise
-        log.info("UnGuide: training was cancelled; the adapter of %d iterations is kept", training.iteration)
+
+
+def _cancelled(iteration: int, job: Job) -> str:
+    """What becomes of a training that the user cancels."""
+    if iteration == 0:
+        return "Cancelled before the first iteration: there is nothing to keep"
+    at = f"Cancelled at iteration {iteration} of {job.recipe.iterations}"
+    if job.on_cancel == DISCARD:
+        return f"{at}: nothing is kept (on_cancel is 'discard')"
+    return f"{at}: the LoRA as trained so far is kept"
 
 
 def _preview(training: Training, progress: Progress, job: Job) -> torch.Tensor | None:

@@ -21,6 +21,7 @@ class Decision:
     step: the sampling step that was probed, from 0; None for a probe before the first step.
     sigma: the noise level that was probed.
     influence_map: where the adapter acts, [H, W]; 1 is its mean effect on the concept's own prompt.
+    caveat: in a word or two why the decision is less sure than it could be ("not calibrated"); usually empty.
     """
 
     weight: float
@@ -31,6 +32,7 @@ class Decision:
     step: int | None = None
     sigma: float | None = None
     influence_map: Tensor | None = field(default=None, compare=False, repr=False)
+    caveat: str = ""
 
     def __post_init__(self) -> None:
         if not self.statistics:
@@ -74,6 +76,7 @@ class Decision:
             "step": None if self.step is None else self.step + 1,
             "sigma": self.sigma,
             "reason": self.reason,
+            "caveat": self.caveat,
             "model_key": self.model_key,
             "adapter_key": self.adapter_key,
             "statistics": [asdict(statistic) for statistic in self.statistics],
@@ -102,10 +105,11 @@ def decide_by(
     step: int | None = None,
     sigma: float | None = None,
     influence_map: Tensor | None = None,
+    caveat: str = "",
 ) -> Decision:
     """Return the decision of the first of several statistics; the others are reported with it.
 
     Raises: ValueError if there are none, or the weight is not finite.
     """
     weight = weight_detected if statistics and statistics[0].detected else weight_otherwise
-    return Decision(weight, tuple(statistics), reason, model_key, adapter_key, step, sigma, influence_map)
+    return Decision(weight, tuple(statistics), reason, model_key, adapter_key, step, sigma, influence_map, caveat)

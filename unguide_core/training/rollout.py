@@ -1,7 +1,7 @@
 """Rollouts: sampled trajectories and the latents they pass through. Does not know the model or the host program."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
@@ -166,6 +166,7 @@ class Denoiser:
         end_sigma: float,
         prompts: Sequence[str],
         guidance_scale: float,
+        watch: Callable[[int], None] | None = None,
     ) -> Rollout:
         """Return a deterministic denoising (DDIM) with classifier-free guidance.
 
@@ -174,6 +175,7 @@ class Denoiser:
             timesteps: where the model is evaluated, falling.
             end_sigma: the noise level of the result.
             prompts: one per latent.
+            watch: called after every step with the number of latents visited since the last one.
         """
         count, neutral = len(prompts), [self.neutral] * len(prompts)
         levels = [*self.sigmas[list(timesteps)].tolist(), end_sigma]
@@ -189,6 +191,8 @@ class Denoiser:
                 cond, uncond = both.chunk(2)
                 guided = classifier_free(cond, uncond, guidance_scale)
             visited.append(Latents(z, times, tuple(prompts), cond))
+            if watch is not None:
+                watch(count)
             return x - level * guided
 
         x = to_sigma_space(noise, levels[0])

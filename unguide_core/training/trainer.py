@@ -108,6 +108,7 @@ class Training:
         loss_scale: factor on the loss while gradients are computed, for models that compute in half precision.
         sigmas: as for `Denoiser`.
         draws: the official iterations' random numbers; None samples them from the recipe's seed.
+        watch: called while the selective loop generates latents to train at, with how many there are of how many.
     """
 
     def __init__(
@@ -124,13 +125,15 @@ class Training:
         loss_scale: float = 1.0,
         sigmas: Tensor | None = None,
         draws: Iterator[Draw] | None = None,
+        watch: Callable[[int, int], None] | None = None,
     ):
         self.predict, self.layers, self.prompts, self.recipe = predict, dict(layers), prompts, recipe
         self.shape, self.device, self.relieve, self.loss_scale = tuple(shape), device, relieve, loss_scale
         self.denoiser = Denoiser(predict, prompts.neutral, rows, sigmas)
         self.optimizer = optimizer_of(layers, recipe)
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.draws = draws
+        self.draws, self.watch = draws, watch
+        self._generated = self._to_generate = 0
         self.losses: list[float] = []  # of every iteration
         self.held_out: list[float] = []  # every held-out loss, relative to the untrained adapter's
         self._held_out: tuple[Latents, float] | None = None
@@ -242,8 +245,13 @@ class Training:
             return Latents(z, times, targets, erasure_target(eps_reference, eps, self.recipe.negative_guidance))
 
     def _selective_batches(self) -> Iterator[Batch]:
-        recipe, kept = self.recipe, self._prepared()
+        recipe = self.recipe
+        first = len(self._kept_trajectories) + len(self._checked) + recipe.trajectories
+        self._generated, self._to_generate = 0, first * recipe.schedule_steps
+        kept = self._prepared()
         while self.iteration < recipe.iterations:
+            if self._generated >= self._to_generate:
+                self._generated, self._to_generate = 0, recipe.trajectories * recipe.schedule_steps
             pool = self._refreshed()
             order = self._shuffled(len(pool))
             kept_order = self._shuffled(len(kept)) if kept else None
@@ -253,15 +261,25 @@ class Training:
                     latents = Latents.joined([latents, kept[_take(kept_order, recipe.preserved)]])
                 yield Batch(latents, recipe.batch)
 
+    @property
+    def _kept_trajectories(self) -> list[str]:
+        """The prompts to keep, one for each of the base model's trajectories."""
+        recipe, kept = self.recipe, self.prompts.kept
+        if not (recipe.preserved and recipe.kept_trajectories and kept):
+            return []
+        return [kept[i % len(kept)] for i in range(max(recipe.kept_trajectories, len(kept)))]
+
+    @property
+    def _checked(self) -> tuple[Pair, ...]:
+        """The prompts of the held-out loss."""
+        return self.prompts.erased[:2] if self.recipe.check else ()
+
     def _prepared(self) -> Latents | None:
         """The base model's latents of prompts to keep; sets those of the held-out loss aside."""
-        recipe, generator = self.recipe, torch.Generator().manual_seed(self.recipe.seed + 1)
-        kept = None
-        if recipe.preserved and recipe.kept_trajectories and self.prompts.kept:
-            count = max(recipe.kept_trajectories, len(self.prompts.kept))
-            kept = self._visited([self.prompts.kept[i % len(self.prompts.kept)] for i in range(count)], generator)
-        if recipe.check:
-            pairs = self.prompts.erased[:2]
+        generator = torch.Generator().manual_seed(self.recipe.seed + 1)
+        trajectories, pairs = self._kept_trajectories, self._checked
+        kept = self._visited(trajectories, generator) if trajectories else None
+        if pairs:
             visited = self._visited([pair.target for pair in pairs], generator)
             chosen = torch.linspace(0, len(visited) - 1, min(HELD_OUT, len(visited))).long()
             part, of = visited[chosen], [pairs[i % len(pairs)] for i in chosen.tolist()]
@@ -296,7 +314,12 @@ class Training:
         noise = torch.randn((len(prompts), *self.shape), generator=generator).to(self.device)
         with torch.no_grad():
             timesteps = sampled_timesteps(recipe.schedule_steps)
-            return self.denoiser.rollout(noise, timesteps, 0.0, prompts, recipe.guidance_scale).visited
+            return self.denoiser.rollout(noise, timesteps, 0.0, prompts, recipe.guidance_scale, self._count).visited
+
+    def _count(self, latents: int) -> None:
+        self._generated += latents
+        if self.watch is not None:
+            self.watch(self._generated, self._to_generate)
 
     def _shuffled(self, count: int) -> Iterator[int]:
         """Row numbers without end, each once before any is repeated."""
