@@ -21,7 +21,7 @@ class UnGuideModel(io.ComfyNode):
             display_name="UnGuide",
             description="Makes any sampler node erase the concept where a prompt carries it, and leave every other "
             "image as the base model generates it, bit for bit. Connect the model to KSampler, SamplerCustom, ...",
-            search_aliases=["unguide", "erase", "forget", "concept erasure", "unlearning"],
+            search_aliases=["erase", "forget", "remove", "concept", "negative", "censor", "nsfw", "unguide"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The base model, without the erasure LoRA. Other LoRAs and patches may be on it."

@@ -28,7 +28,7 @@ class StabilityProbe(io.ComfyNode):
             description="Denoises a few steps of the prompt with the base model and decides whether it carries the "
             "erased concept. Gives the decision to UnGuide, and as plain values to any other node; shows all "
             "statistics.",
-            search_aliases=["concept detector", "unguide decision", "safety check", "nsfw check"],
+            search_aliases=["concept detector", "safety check", "nsfw check", "censor check"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the erasure LoRA."),
                 erasure_lora_input(),

@@ -27,7 +27,7 @@ class UnGuideSampler(io.ComfyNode):
             display_name="UnGuide Sampler",
             description="KSampler that erases a concept where the prompt carries it and generates every other image "
             "exactly as KSampler does. Reports what it detected, and what that cost.",
-            search_aliases=["unguide sampler", "ksampler erase", "erase concept", "remove concept", "forget"],
+            search_aliases=["erase", "forget", "remove", "concept", "negative", "censor", "nsfw", "concept erasure"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the erasure LoRA."),
                 io.Int.Input(

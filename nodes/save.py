@@ -18,7 +18,7 @@ class SaveErasureLora(io.ComfyNode):
             display_name="Save Erasure LoRA",
             description="Saves an erasure LoRA with its metadata in the output folder. Load Erasure LoRA also looks "
             "into output/loras. No file is ever replaced: each gets a new number.",
-            search_aliases=["export lora", "convert lora", "save lora", "unlearning"],
+            search_aliases=["export lora", "convert lora", "save lora"],
             inputs=[
                 erasure_lora_input(),
                 io.String.Input(

@@ -28,7 +28,7 @@ class TrainErasureLora(io.ComfyNode):
             display_name="Train Erasure LoRA",
             description="Trains a LoRA that makes the model forget one concept. It needs no images: only the "
             "concept's name and what to generate instead. The result can be used at once, in the same graph.",
-            search_aliases=["train lora", "forget concept", "unlearning", "concept erasure", "ESD", "LECO"],
+            search_aliases=["unlearn", "unlearning", "train lora", "forget concept", "ESD", "LECO"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to train on, as it is: precision and other LoRAs included."),
                 io.Clip.Input(
