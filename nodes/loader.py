@@ -22,7 +22,7 @@ class LoadErasureLora(io.ComfyNode):
             description="Loads a LoRA that was trained to erase one concept. Nothing is applied here: UnGuide decides "
             "per prompt whether it is used. Connect the checkpoint's CLIP, so that the gate can compare prompts with "
             "the concept.",
-            search_aliases=["erase lora", "forget concept", "remove concept", "concept erasure", "censor lora", "nsfw lora"],
+            search_aliases=["erase lora", "forget concept", "remove concept", "concept erasure", "censor lora"],
             inputs=[
                 io.Combo.Input(
                     "lora_name",
