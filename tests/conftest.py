@@ -17,6 +17,7 @@ SLOW = (
     "host/test_foreign.py",
     "host/test_gate.py",
     "host/test_training.py",
+    "host/test_windows.py",
     "workflows/test_demo.py",
     "workflows/test_failures.py",
     "workflows/test_runs.py",

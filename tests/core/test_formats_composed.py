@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unguide_core.adapter.formats.cli import main
 from unguide_core.formats import AdapterError, load_adapter, save_adapter
 
 LYCORIS = Path(__file__).parents[1] / "fixtures" / "lycoris"
@@ -100,6 +101,17 @@ def test_a_composed_layer_is_saved_as_an_ordinary_lora(kind, tmp_path):
     adapter = load_adapter(made.path, base=made.base)
     save_adapter(adapter, tmp_path / "saved.safetensors", "kohya")
     assert load_adapter(tmp_path / "saved.safetensors").fingerprint == adapter.fingerprint
+
+
+def test_the_command_line_converts_what_depends_on_the_model_beside_the_models_file(tmp_path):
+    made = Made("oft", tmp_path)
+    base = {f"{path}.weight": made.tensors[f"base.{path}.weight"] for path in (LINEAR, CONVOLUTION)}
+    save_file(base, tmp_path / "base.safetensors")
+    arguments = ["convert", str(made.path), str(tmp_path / "lora.safetensors"), "--format", "kohya"]
+    assert main(arguments) == 2
+    assert main([*arguments, "--base", str(tmp_path / "base.safetensors")]) == 0
+    expected = load_adapter(made.path, base=made.base)
+    assert load_adapter(tmp_path / "lora.safetensors").fingerprint == expected.fingerprint
 
 
 def test_ranks_are_the_products_of_the_factors_ranks_up_to_the_weights_own(tmp_path):
