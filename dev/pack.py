@@ -27,7 +27,10 @@ def start_host() -> None:
     """
     if "UNGUIDE_COMFYUI" not in os.environ:
         raise RuntimeError("this needs a ComfyUI on the import path: run it with `python3 dev test`")
-    import utils  # noqa: F401 - as main.py does it: up to 0.18, nodes.py puts comfy/utils.py in front
+    # up to 0.18, nodes.py puts comfy/, which holds another utils, in front of the host, and workers inherit the path
+    hiding = os.path.join(os.environ["UNGUIDE_COMFYUI"], "comfy")
+    sys.path[:] = [path for path in sys.path if path != hiding]
+    import utils  # noqa: F401 - as main.py does it, before nodes.py
     from comfy.cli_args import args
 
     args.cpu = os.environ.get("UNGUIDE_HOST_DEVICE", "cpu") == "cpu"

@@ -85,7 +85,8 @@ def test_what_was_trained_is_not_lost_where_memory_runs_out_in_its_calibration(s
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(job, "calibrate", full)
-    config = from_values({**settings, "calibrate": True})
+    quick = {"preset": "paper", "recipe": {"iterations": 1, "schedule_steps": 10}}
+    config = from_values({**settings, **quick, "calibrate": True})
     card = load_adapter(job.train_concept(config, config.concepts[0], quiet=True).path).card
     assert card.calibration == {}
     assert "is trained, but not calibrated (no room)" in caplog.text

@@ -45,7 +45,7 @@ def one_thread() -> Iterator[None]:
 def test_a_killed_workers_concept_goes_on_and_one_that_cannot_be_trained_is_reported(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    settings["recipe"] |= {"iterations": 12, "refresh": 4, "check": 0}
+    settings["recipe"] |= {"iterations": 8, "refresh": 4, "check": 0}
     (tmp_path / "blocked").write_text("a file where a folder is needed")
     settings["concepts"] = [
         {"concept": "cat", "reference": "forest"},
@@ -72,7 +72,7 @@ def test_a_killed_workers_concept_goes_on_and_one_that_cannot_be_trained_is_repo
     assert cat.resumed_at >= 4
     assert cat.process not in (killed[0], dog.process)
     assert dog.resumed_at == 0
-    assert [cat.iterations, dog.iterations] == [12, 12]
+    assert [cat.iterations, dog.iterations] == [8, 8]
     alone = from_values({**settings, "out": tmp_path / "alone"})
     with one_thread():
         expected = train_concept(alone, alone.concepts[0], quiet=True)

@@ -39,8 +39,13 @@ def test_every_workflow_has_a_twin_and_a_thumbnail() -> None:
 
 
 def test_the_file_in_api_format_is_its_twin(stem: str, workflow: dict[str, Any], object_info: dict[str, Any]) -> None:
-    """The twins were exported by ComfyUI's own page from these files."""
-    assert to_api(workflow, object_info) == json.loads((TWINS / f"{stem}.json").read_text(encoding="utf-8"))
+    """The twins were exported by ComfyUI's own page from these files. Hosts differ in the titles of their own nodes."""
+    twin = json.loads((TWINS / f"{stem}.json").read_text(encoding="utf-8"))
+    for nodes in (found := to_api(workflow, object_info), twin):
+        for node in nodes.values():
+            if not node["class_type"].startswith("UnGuide"):
+                del node["_meta"]
+    assert found == twin
 
 
 def test_no_workflow_changes_an_advanced_input_of_our_nodes(stem: str, our_nodes: dict[str, Any]) -> None:
