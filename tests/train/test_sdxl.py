@@ -34,7 +34,7 @@ TABLE = "{}embeddings.token_embedding.weight"
 PROMPTS = ("a photo of the cat", "")
 # as in test_agreement, and for all layers but the worst: random weights leave gradients so near 0 that rounding decides
 # their signs, which Adam's steps follow: a relative difference of 1e-1 is one entry in 400 that went the other way
-LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "median change": 1e-2, "largest change": 1e-1}
+LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "median change": 3e-2, "largest change": 1e-1}
 
 
 @dataclass(frozen=True)
