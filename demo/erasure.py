@@ -40,7 +40,7 @@ from .narrow import (
     start_worker,
     worker_model,
 )
-from .seed import COPIES, SEED_PATH, widen_lora
+from .seed import COPIES, LICENCE, SEED_PATH, widen_lora
 from .unet import CONTEXT_DIM
 
 log = logging.getLogger("demo.erasure")
@@ -214,7 +214,7 @@ def card_of(narrow: Narrow, concept: str, objective: str, recipe: Recipe) -> Car
         source_format="generic",
         settings=recipe.to_settings(),
         author="UnGuide for ComfyUI",
-        licence="MIT",
+        licence=LICENCE,
     )
 
 

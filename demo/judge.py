@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 from . import captions
 from .classifier import LABELS, classify
 from .diffusion import sample
-from .seed import SEED_PATH, load_text_encoder, load_unet, load_vae
+from .networks import load_text_encoder, load_unet, load_vae
+from .seed import SEED_PATH
 from .text import Tokenizer
 
 FIRST_SEED = 900_000

@@ -22,7 +22,8 @@ from unguide_core.adapter.lowrank import weights_hash
 from unguide_core.guidance import blend, classifier_free
 from unguide_core.schedule import Denoise, sd_alphas_cumprod, sigma_from_alpha_cumprod
 
-from .seed import SEED_PATH, load_text_encoder, load_unet, load_vae, wide_unet_state_dict
+from .networks import load_text_encoder, load_unet, load_vae
+from .seed import SEED_PATH, wide_unet_state_dict
 from .text import TextEncoder, Tokenizer
 from .unet import UNet
 from .vae import Decoder

@@ -1,9 +1,10 @@
-"""The packed demo model: the seed file, its narrow models, and the SD 1.5 checkpoint that it unpacks to.
+"""The packed demo model: the seed file, and the SD 1.5 checkpoint that it unpacks to. This ships to users.
 
 The seed file (`demo_model.safetensors`) holds a UNet of width 64, a slim autoencoder (a byte a weight), the two working
 layers of the text encoder and the embeddings of the words it knows. `unpack_checkpoint` widens the UNet to 320 channels
 by copying every channel five times, which changes no output; pads the autoencoder to TAESD's shape; and spreads the
-text encoder over CLIP-L's shape. Needs torch and safetensors only. It does not know ComfyUI, sampling or training.
+text encoder over CLIP-L's shape. Needs torch and safetensors only. It does not know ComfyUI, sampling, training or the
+networks' code (`demo.networks`).
 
 UNet values are stored as the wide model has them, so narrow and wide are the same function up to fp32 summation.
 """
@@ -18,15 +19,29 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import text, vae
-from .unet import NARROW_WIDTH, WIDE_WIDTH, UNet
+from .shapes import (
+    LATENT_CHANNELS,
+    NARROW_WIDTH,
+    TAESD_WIDTH,
+    TEXT_LAYERS,
+    TEXT_MLP_WIDTH,
+    TEXT_WIDTH,
+    VOCABULARY,
+    WIDE_WIDTH,
+)
 
 SEED_PATH = Path(__file__).with_name("demo_model.safetensors")
 COPIES = WIDE_WIDTH // NARROW_WIDTH
 CLIP_LAYERS = 12
 CLIP_MLP = 3072
+LICENCE = "CC-BY-4.0"
+CREDIT = (
+    "trained on Twemoji (Twitter, Inc. and other contributors, CC-BY-4.0), Noto Emoji (Google Inc, Apache-2.0), "
+    "Fluent Emoji (Microsoft Corporation, MIT) and FxEmojis (Mozilla, Apache-2.0); see NOTICE"
+)
+"""Of the demo's weights; NOTICE has the artwork's addresses."""
 VAE_SCALE = 0.18215
 """Latent units of ComfyUI's SD 1.5: the UNet sees what the encoder gives, a LATENT is that divided by this."""
 
@@ -84,54 +99,20 @@ def write_seed(
     return path
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Returns the fp32 state dict stored under `prefix.`."""
     start = len(prefix) + 1
     return {k[start:]: v.float() for k, v in tensors.items() if k.startswith(f"{prefix}.")}
 
 
-# ---------------------------------------------------------------- narrow models
-
-
 def narrow_unet_state_dict(path: Path = SEED_PATH) -> dict[str, Tensor]:
     """Returns the UNet of width 64, fp32, with SD 1.x names and no prefix: the same function as the wide one."""
-    return {k: v / _stored_scale(k) for k, v in _part(read_seed(path)[0], "unet").items()}
+    return {k: v / _stored_scale(k) for k, v in part(read_seed(path)[0], "unet").items()}
 
 
 def wide_unet_state_dict(path: Path = SEED_PATH) -> dict[str, Tensor]:
     """Returns the UNet of width 320, fp16, with SD 1.x names and no prefix."""
     return {k[5:]: _widen(k[5:], v) for k, v in read_seed(path)[0].items() if k.startswith("unet.")}
-
-
-def load_unet(path: Path = SEED_PATH) -> UNet:
-    """Returns the narrow UNet, fp32, not training."""
-    unet = UNet(NARROW_WIDTH)
-    unet.load_state_dict(narrow_unet_state_dict(path))
-    return unet.requires_grad_(False).train(False)
-
-
-def load_text_encoder(path: Path = SEED_PATH) -> text.TextEncoder:
-    """Returns the text encoder, fp32, not training, with the very weights that the checkpoint gives ComfyUI."""
-    tensors, metadata = read_seed(path)
-    encoder = text.TextEncoder(json.loads(metadata["vocabulary"]))
-    encoder.load_state_dict(_part(tensors, "text"))
-    clip = clip_state_dict(path)
-    for i, layer in enumerate(encoder.layers):
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            dense = nn.Linear(text.WIDTH, text.WIDTH)
-            at = f"encoder.layers.{i}.self_attn.{name}"
-            dense.load_state_dict({k: clip[f"{at}.{k}"].float() for k in ("weight", "bias")})
-            setattr(layer, name, dense)
-    return encoder.requires_grad_(False).train(False)
-
-
-def load_vae(path: Path = SEED_PATH) -> tuple[vae.Encoder, vae.Decoder]:
-    """Returns encoder and decoder at their slim widths, fp32, not training; latents in the UNet's units."""
-    tensors, _ = read_seed(path)
-    encoder, decoder = vae.Encoder(), vae.Decoder()
-    encoder.load_state_dict(_part(tensors, "vae.encoder"))
-    decoder.load_state_dict(_part(tensors, "vae.decoder"))
-    return encoder.requires_grad_(False).train(False), decoder.requires_grad_(False).train(False)
 
 
 # ---------------------------------------------------------------- widening
@@ -189,10 +170,10 @@ def widen_lora(up: Tensor) -> Tensor:
 def clip_state_dict(path: Path = SEED_PATH) -> dict[str, Tensor]:
     """Returns CLIP-L's 196 tensors, fp16: layers 0 and 1 as trained, the other ten without effect."""
     tensors, metadata = read_seed(path)
-    state = _part(tensors, "text")
+    state = part(tensors, "text")
     vocabulary = torch.tensor(json.loads(metadata["vocabulary"]))
-    width = text.WIDTH
-    tokens = torch.zeros(text.VOCABULARY, width)
+    width = TEXT_WIDTH
+    tokens = torch.zeros(VOCABULARY, width)
     tokens[vocabulary] = state["token_embedding"]
     result = {
         "embeddings.token_embedding.weight": tokens,
@@ -201,7 +182,7 @@ def clip_state_dict(path: Path = SEED_PATH) -> dict[str, Tensor]:
         "final_layer_norm.bias": state["final_layer_norm.bias"],
     }
     for i in range(CLIP_LAYERS):
-        real = i < text.LAYERS
+        real = i < TEXT_LAYERS
         at = f"encoder.layers.{i}"
         for norm in ("layer_norm1", "layer_norm2"):
             result[f"{at}.{norm}.weight"] = state[f"layers.{i}.{norm}.weight"] if real else torch.ones(width)
@@ -215,14 +196,32 @@ def clip_state_dict(path: Path = SEED_PATH) -> dict[str, Tensor]:
         fc1, fc1_bias = torch.zeros(CLIP_MLP, width), torch.zeros(CLIP_MLP)
         fc2, fc2_bias = torch.zeros(width, CLIP_MLP), torch.zeros(width)
         if real:
-            fc1[: text.MLP_WIDTH], fc1_bias[: text.MLP_WIDTH] = (
+            fc1[:TEXT_MLP_WIDTH], fc1_bias[:TEXT_MLP_WIDTH] = (
                 state[f"layers.{i}.fc1.weight"],
                 state[f"layers.{i}.fc1.bias"],
             )
-            fc2[:, : text.MLP_WIDTH], fc2_bias = state[f"layers.{i}.fc2.weight"], state[f"layers.{i}.fc2.bias"]
+            fc2[:, :TEXT_MLP_WIDTH], fc2_bias = state[f"layers.{i}.fc2.weight"], state[f"layers.{i}.fc2.bias"]
         result[f"{at}.mlp.fc1.weight"], result[f"{at}.mlp.fc1.bias"] = fc1, fc1_bias
         result[f"{at}.mlp.fc2.weight"], result[f"{at}.mlp.fc2.bias"] = fc2, fc2_bias
     return {k: v.to(torch.float16).contiguous() for k, v in result.items()}
+
+
+def pad_to_taesd(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the same function with every hidden width zero-padded to 64.
+
+    Added channels are ReLU(0) = 0 everywhere, so the result is exact.
+    """
+    padded = {}
+    edges = {f"{i}.weight" for i in (0, 1)} | {"14.weight", "19.weight", "14.bias", "19.bias"}
+    for name, value in state.items():
+        out = value.shape[0] if name in edges and value.shape[0] <= LATENT_CHANNELS else TAESD_WIDTH
+        shape = [out, *value.shape[1:]]
+        if value.ndim == 4 and value.shape[1] > LATENT_CHANNELS:
+            shape[1] = TAESD_WIDTH
+        target = value.new_zeros(shape)
+        target[tuple(slice(n) for n in value.shape)] = value
+        padded[name] = target
+    return padded
 
 
 def checkpoint_state_dict(path: Path = SEED_PATH) -> dict[str, Tensor]:
@@ -230,9 +229,9 @@ def checkpoint_state_dict(path: Path = SEED_PATH) -> dict[str, Tensor]:
     tensors, _ = read_seed(path)
     state = {f"model.diffusion_model.{k}": v for k, v in wide_unet_state_dict(path).items()}
     state |= {f"cond_stage_model.transformer.text_model.{k}": v for k, v in clip_state_dict(path).items()}
-    for part in ("encoder", "decoder"):
-        padded = vae.pad_to_taesd(_part(tensors, f"vae.{part}"))
-        state |= {f"first_stage_model.taesd_{part}.{k}": v.to(torch.float16) for k, v in padded.items()}
+    for half in ("encoder", "decoder"):
+        padded = pad_to_taesd(part(tensors, f"vae.{half}"))
+        state |= {f"first_stage_model.taesd_{half}.{k}": v.to(torch.float16) for k, v in padded.items()}
     state["first_stage_model.vae_scale"] = torch.tensor(VAE_SCALE)
     state["first_stage_model.vae_shift"] = torch.tensor(0.0)
     return state
@@ -245,17 +244,7 @@ def unpack_checkpoint(destination: Path, seed: Path = SEED_PATH) -> Path:
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.with_name(destination.name + ".part")
-    save_file(checkpoint_state_dict(seed), str(temporary), metadata={"base": f"unguide demo model {seed_sha256(seed)}"})
+    metadata = {"base": f"unguide demo model {seed_sha256(seed)}", "licence": LICENCE, "credit": CREDIT}
+    save_file(checkpoint_state_dict(seed), str(temporary), metadata=metadata)
     temporary.replace(destination)
     return destination
-
-
-@torch.no_grad()
-def widening_error(path: Path = SEED_PATH) -> float:
-    """Returns the largest difference between narrow and wide UNet on random input, both in fp32."""
-    wide = UNet(WIDE_WIDTH)
-    wide.load_state_dict({k: v.float() for k, v in wide_unet_state_dict(path).items()})
-    generator = torch.Generator().manual_seed(0)
-    x, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 77, 768, generator=generator)
-    times = torch.tensor([801, 37])
-    return float((load_unet(path)(x, times, context) - wide(x, times, context)).abs().max())

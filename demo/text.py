@@ -13,16 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .shapes import TEXT_LAYERS, TEXT_MLP_WIDTH, TEXT_WIDTH, VOCABULARY
 from .unet import attend
 
-WIDTH = 768
 HEADS = 12
 POSITIONS = 77
-VOCABULARY = 49408
 BOS, EOS = 49406, 49407
 RANK = 64
-MLP_WIDTH = 128
-LAYERS = 2
 
 
 class LowRank(nn.Module):
@@ -30,9 +27,9 @@ class LowRank(nn.Module):
 
     def __init__(self, gain: float) -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.randn(RANK, WIDTH) / WIDTH**0.5)
-        self.up = nn.Parameter(torch.randn(WIDTH, RANK) * gain / RANK**0.5)
-        self.bias = nn.Parameter(torch.zeros(WIDTH))
+        self.down = nn.Parameter(torch.randn(RANK, TEXT_WIDTH) / TEXT_WIDTH**0.5)
+        self.up = nn.Parameter(torch.randn(TEXT_WIDTH, RANK) * gain / RANK**0.5)
+        self.bias = nn.Parameter(torch.zeros(TEXT_WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down), self.up, self.bias)
@@ -43,11 +40,11 @@ class Layer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(TEXT_WIDTH), nn.LayerNorm(TEXT_WIDTH)
         self.q_proj, self.k_proj, self.v_proj = LowRank(1.0), LowRank(1.0), LowRank(1.0)
         self.out_proj = LowRank(0.0)
-        self.fc1 = nn.Linear(WIDTH, MLP_WIDTH)
-        self.fc2 = nn.Linear(MLP_WIDTH, WIDTH)
+        self.fc1 = nn.Linear(TEXT_WIDTH, TEXT_MLP_WIDTH)
+        self.fc2 = nn.Linear(TEXT_MLP_WIDTH, TEXT_WIDTH)
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
 
@@ -69,10 +66,10 @@ class TextEncoder(nn.Module):
 
     def __init__(self, vocabulary: list[int]) -> None:
         super().__init__()
-        self.token_embedding = nn.Parameter(0.3 * torch.randn(len(vocabulary), WIDTH))
-        self.position_embedding = nn.Parameter(0.1 * torch.randn(POSITIONS, WIDTH))
-        self.layers = nn.ModuleList([Layer() for _ in range(LAYERS)])
-        self.final_layer_norm = nn.LayerNorm(WIDTH)
+        self.token_embedding = nn.Parameter(0.3 * torch.randn(len(vocabulary), TEXT_WIDTH))
+        self.position_embedding = nn.Parameter(0.1 * torch.randn(POSITIONS, TEXT_WIDTH))
+        self.layers = nn.ModuleList([Layer() for _ in range(TEXT_LAYERS)])
+        self.final_layer_norm = nn.LayerNorm(TEXT_WIDTH)
         self.rows: Tensor
         rows = torch.zeros(VOCABULARY, dtype=torch.long)
         rows[torch.tensor(vocabulary)] = torch.arange(1, len(vocabulary) + 1)
@@ -80,7 +77,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns the text states of CLIP token numbers [B, 77]."""
-        table = torch.cat([self.token_embedding.new_zeros(1, WIDTH), self.token_embedding])
+        table = torch.cat([self.token_embedding.new_zeros(1, TEXT_WIDTH), self.token_embedding])
         x = table[self.rows[tokens]] + self.position_embedding
         for layer in self.layers:
             x = layer(x)

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from . import artwork, captions, vae
 from .classifier import CLASSIFIER_PATH, LABELS, RESOLUTION, Classifier, classify, save_classifier
 from .diffusion import TRAIN_STEPS, add_noise, alphas_cumprod, min_snr_weight
-from .seed import SEED_PATH, load_vae, write_seed
+from .networks import load_vae
+from .seed import SEED_PATH, write_seed
 from .text import EOS, POSITIONS, TextEncoder, Tokenizer, pad_tokens
 from .unet import UNet
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NARROW_WIDTH = 64
-WIDE_WIDTH = 320
+from .shapes import NARROW_WIDTH
+
 HEADS = 8
 CONTEXT_DIM = 768
 CHANNEL_MULT = (1, 2)

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .seed import unpack_checkpoint, widening_error
+from .networks import widening_error
+from .seed import unpack_checkpoint
 
 
 def main() -> None:

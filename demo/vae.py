@@ -1,7 +1,7 @@
-"""The demo's autoencoder: TAESD's architecture with slim widths, and its exact padding to TAESD's shape.
+"""The demo's autoencoder: TAESD's architecture with slim widths.
 
 Images are [B, 3, H, W] in 0..1, latents [B, 4, H/8, W/8] with about unit variance. It does not know ComfyUI; the
-scalars that ComfyUI multiplies latents with are added by `demo.unpack`.
+scalars that ComfyUI multiplies latents with are added by `demo.seed`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-LATENT_CHANNELS = 4
-TAESD_WIDTH = 64
+from .shapes import LATENT_CHANNELS
+
 WIDTHS = (32, 32, 64, 64)
 """Channels at full, half, quarter and eighth resolution."""
 
@@ -66,24 +66,6 @@ class Decoder(nn.Sequential):
             *(*_rise(eighth, quarter), *_rise(quarter, half), *_rise(half, full)),
             *(Block(full), _conv(full, 3)),
         )
-
-
-def pad_to_taesd(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the same function with every hidden width zero-padded to 64.
-
-    Added channels are ReLU(0) = 0 everywhere, so the result is exact.
-    """
-    padded = {}
-    edges = {f"{i}.weight" for i in (0, 1)} | {"14.weight", "19.weight", "14.bias", "19.bias"}
-    for name, value in state.items():
-        out = value.shape[0] if name in edges and value.shape[0] <= LATENT_CHANNELS else TAESD_WIDTH
-        shape = [out, *value.shape[1:]]
-        if value.ndim == 4 and value.shape[1] > LATENT_CHANNELS:
-            shape[1] = TAESD_WIDTH
-        target = value.new_zeros(shape)
-        target[tuple(slice(n) for n in value.shape)] = value
-        padded[name] = target
-    return padded
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ CHECKPOINT = "unguide-demo.safetensors"
 LORAS = "unguide-demo"
 DEMO = PACK / "demo"
 # what the unpacked checkpoint depends on; the demo's other files train, generate and judge
-SOURCES = ("demo_model.safetensors", "unpack.py", "seed.py", "text.py", "unet.py", "vae.py")
+SOURCES = ("demo_model.safetensors", "unpack.py", "seed.py", "shapes.py")
 
 
 def prepare(python: Path, base: Path, progress: Progress) -> None:

@@ -24,7 +24,8 @@ def load_narrow_model() -> Any:
     import torch
 
     from demo.seed import narrow_unet_state_dict
-    from demo.unet import CHANNEL_MULT, CONTEXT_DIM, HEADS, NARROW_WIDTH
+    from demo.shapes import NARROW_WIDTH
+    from demo.unet import CHANNEL_MULT, CONTEXT_DIM, HEADS
 
     device = comfy.model_management.get_torch_device()
     config = comfy.supported_models.SD15(

@@ -37,12 +37,12 @@ def write_narrow_checkpoint(path: Path) -> None:
     from safetensors.torch import save_file
 
     from demo.seed import clip_state_dict, narrow_unet_state_dict
-    from demo.text import LAYERS
+    from demo.shapes import TEXT_LAYERS
 
     text = {
         f"cond_stage_model.transformer.text_model.{name}": weight
         for name, weight in clip_state_dict().items()
-        if not name.startswith("encoder.layers.") or int(name.split(".")[2]) < LAYERS
+        if not name.startswith("encoder.layers.") or int(name.split(".")[2]) < TEXT_LAYERS
     }
     unet = {f"model.diffusion_model.{name}": weight for name, weight in narrow_unet_state_dict().items()}
     save_file({**text, **unet}, str(path))
@@ -97,7 +97,7 @@ class InTheGraph:
     def __init__(self, seed: int, official: bool = False):
         import nodes
         from demo.erasure import RECIPES
-        from demo.text import LAYERS
+        from demo.shapes import TEXT_LAYERS
 
         self.changes: dict[str, Any] = {"seed": seed}
         if official:
@@ -106,7 +106,7 @@ class InTheGraph:
         loader = nodes.CheckpointLoaderSimple()  # type: ignore[attr-defined]  # ComfyUI's nodes, not ours
         _, self.clip, _ = loader.load_checkpoint(CHECKPOINT)
         # the demo's other layers change nothing, and would take most of the time
-        del self.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[LAYERS:]
+        del self.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[TEXT_LAYERS:]
         self.node = pack_module("nodes.train").TrainErasureLora
         self.kohya = pack_module("unguide_comfy.train.predictor")._kohya_names(self.model.model)
 

@@ -63,7 +63,7 @@ class Studio:
 
     @cached_property
     def decoder(self) -> Any:
-        from demo.seed import load_vae
+        from demo.networks import load_vae
 
         return load_vae()[1]
 

@@ -6,7 +6,8 @@ import torch
 from demo.captions import CLASSES, SYNONYMS
 from demo.erasure import LORAS, PREFIX, RECIPES, narrowed, path_of, widened
 from demo.narrow import ADAPTED, LATENT, base_hash, normal_sigmas
-from demo.unet import WIDE_WIDTH, UNet
+from demo.shapes import WIDE_WIDTH
+from demo.unet import UNet
 from unguide_core.adapter import Adapter, initial_low_rank
 from unguide_core.formats import load_adapter
 from unguide_core.probe.calibration import Calibration

@@ -117,9 +117,8 @@ def test_one_node_alone_knows_the_demo_and_of_it_only_the_seed():
 
 def test_the_seeds_reader_needs_torch_and_safetensors_alone_for_it_ships():
     allowed = {*sys.stdlib_module_names, "torch", "safetensors", "demo"}
-    paths = [REPOSITORY / "demo" / f"{name}.py" for name in ("__init__", "seed", "text", "unet", "vae")]
-    foreign = {(path.name, name) for path in paths for _, name in imports(path) if name not in allowed}
-    assert foreign == {("text.py", "transformers")}  # the tokenizer of its training, imported when it is made
+    paths = [REPOSITORY / "demo" / f"{name}.py" for name in ("__init__", "seed", "shapes")]
+    assert {(path.name, name) for path in paths for _, name in imports(path) if name not in allowed} == set()
 
 
 def test_the_benchmarks_client_needs_the_standard_library_alone_for_dev_shares_it():

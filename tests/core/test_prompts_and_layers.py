@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from demo.unet import NARROW_WIDTH, UNet
+from demo.shapes import NARROW_WIDTH
+from demo.unet import UNet
 from unguide_core.adapter.lowrank import weights_hash
 from unguide_core.training.layers import LAYERS, chosen_layers
 from unguide_core.training.prompts import KEPT, Pair, lines, listed, names_a_word, prompts_for
