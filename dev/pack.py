@@ -17,7 +17,7 @@ from typing import Any
 
 from dev.workspace import PACK
 
-NAME = "comfyui_unguide"
+NAME = "unguide"
 
 
 def start_host() -> None:

@@ -71,17 +71,22 @@ def _api_node(node: Node, links: Mapping[int, tuple[str, int]], object_info: Map
         raise DevError(f"{where} of the workflow is muted or bypassed; only workflows without such nodes are run here")
     info = object_info[node["type"]]
     connected = {slot["name"]: links[slot["link"]] for slot in node.get("inputs", []) if slot.get("link") is not None}
-    values = _widget_values(info, list(node.get("widgets_values") or ()), where)
+    values = _widget_values(info, node.get("widgets_values"), where)
     inputs = {**values, **{name: list(link) for name, link in connected.items()}}
     title = node.get("title") or info.get("display_name") or node["type"]
     return {"inputs": inputs, "class_type": node["type"], "_meta": {"title": title}}
 
 
-def _widget_values(info: Mapping[str, Any], values: list[Any], where: str) -> dict[str, Any]:
-    """The widgets' values by name: the file lists them in the order of the inputs, a seed's control behind it."""
+def _widget_values(info: Mapping[str, Any], values: list[Any] | None, where: str) -> dict[str, Any]:
+    """The widgets' values by name: the file lists them in the order of the inputs, a seed's control behind it.
+
+    A file without the list leaves the values to the page, which takes the defaults.
+    """
+    if values is None:
+        return {name: default(kind, options) for name, kind, options in _widgets(info)}
     named: dict[str, Any] = {}
     waiting = list(values)
-    for name, options in _widgets(info):
+    for name, _, options in _widgets(info):
         if not waiting:
             raise DevError(f"{where} of the workflow has {len(values)} widget values, and none for {name!r}")
         named[name] = waiting.pop(0)
@@ -92,12 +97,32 @@ def _widget_values(info: Mapping[str, Any], values: list[Any], where: str) -> di
     return named
 
 
-def _widgets(info: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def default(kind: str, options: Mapping[str, Any]) -> Any:
+    """What a new widget holds: the default, or the first entry of a list."""
+    first = (options.get("options") or [""])[0] if kind == "COMBO" else ""
+    return options.get("default", first)
+
+
+def specified(info: Mapping[str, Any]) -> Iterator[tuple[str, str, bool, Mapping[str, Any]]]:
+    """Every input of a node type: its name, its type, whether it is optional, and its options."""
     for section in ("required", "optional"):
         for name in info["input_order"].get(section, ()):
-            kind, *options = info["input"][section][name]
-            if isinstance(kind, list) or kind in WIDGETS:
-                yield name, options[0] if options else {}
+            kind, *rest = info["input"][section][name]
+            options = rest[0] if rest else {}
+            if isinstance(kind, list):  # nodes of the older kind list a combo's entries in place of the type
+                kind, options = "COMBO", {**options, "options": kind}
+            yield name, kind, section == "optional", options
+
+
+def is_widget(kind: str, options: Mapping[str, Any]) -> bool:
+    """Whether the page makes a widget of an input."""
+    return kind in WIDGETS and not options.get("forceInput")
+
+
+def _widgets(info: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    for name, kind, _, options in specified(info):
+        if is_widget(kind, options):
+            yield name, kind, options
 
 
 def _plain(value: Any) -> bool:

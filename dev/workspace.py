@@ -13,7 +13,7 @@ from pathlib import Path
 from dev import cache
 
 PACK = Path(__file__).resolve().parent.parent
-LINK = "comfyui-unguide"
+LINK = "unguide"
 
 
 def base_directory(home: Path, pack: Path = PACK) -> Path:
@@ -23,9 +23,17 @@ def base_directory(home: Path, pack: Path = PACK) -> Path:
 
 def prepare(base: Path, pack: Path = PACK) -> None:
     """Makes the workspace, or what is missing of it."""
+    make_folders(base)
+    for place in (base / "custom_nodes").iterdir():
+        if place.is_symlink() and place.name != LINK:
+            place.unlink()  # the pack's link under an earlier name, which would load it twice
+    link(base / "custom_nodes" / LINK, pack)
+
+
+def make_folders(base: Path) -> None:
+    """Makes the folders that ComfyUI expects below its base directory."""
     for name in ("custom_nodes", "input", "output", "user", "models/checkpoints", "models/loras"):
         (base / name).mkdir(parents=True, exist_ok=True)
-    link(base / "custom_nodes" / LINK, pack)
 
 
 def link(place: Path, target: Path) -> None:

@@ -93,9 +93,7 @@ def _started(address: str, workers: int) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise BenchError(
-            "more than one server needs Ray; install it: pip install 'comfyui-unguide[bench-ray]'"
-        ) from error
+        raise BenchError("more than one server needs Ray; install it: pip install 'unguide[bench-ray]'") from error
     host, _, port = address.removeprefix("ray://").rpartition(":")
     absent = f"there is no Ray cluster at {address!r}; start one with 'ray start --head', or use --ray local"
     root = str(Path(__file__).resolve().parent.parent)

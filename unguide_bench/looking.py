@@ -79,7 +79,7 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise BenchError(f"a package is missing ({error}); pip install 'comfyui-unguide[{name}]'") from error
+        raise BenchError(f"a package is missing ({error}); pip install 'unguide[{name}]'") from error
 
 
 def require(judging: Judging) -> None:

@@ -76,7 +76,7 @@ class Painter:
         if missing := [name for name in NODES if name not in found]:
             raise BenchError(
                 f"ComfyUI at {self.api.url} has no node {', '.join(missing)}; "
-                "install comfyui-unguide into its custom_nodes, and restart it"
+                "install unguide into its custom_nodes, and restart it"
             )
         return found
 

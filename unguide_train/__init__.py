@@ -1,7 +1,7 @@
 """Training erasure LoRAs outside ComfyUI, with diffusers and peft: `python -m unguide_train --help`.
 
 Recipes, loop, objective and calibration are those of `unguide_core`, the same as in the graph. Needs the extra `train`
-(pip install comfyui-unguide[train]).
+(pip install unguide[train]).
 
     config.py       what to train, from the command line or a YAML file
     model.py        SD 1.x and SDXL from checkpoint files and diffusers folders; the adapter

@@ -1,4 +1,4 @@
-"""Many concepts as independent jobs on Ray. Needs the extra `ray` (pip install comfyui-unguide[ray])."""
+"""Many concepts as independent jobs on Ray. Needs the extra `ray` (pip install unguide[ray])."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def train_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise ClusterError("Ray is not installed; install it: pip install 'comfyui-unguide[ray]'") from error
+        raise ClusterError("Ray is not installed; install it: pip install 'unguide[ray]'") from error
     _require_reachable(address)
     root = str(Path(__file__).resolve().parent.parent)
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,3 +84,17 @@ def test_the_samplers_inputs_are_ksamplers_in_its_order_and_two_wires(schemas):
 
     expected = [*nodes.KSampler.INPUT_TYPES()["required"], "erasure_lora", "settings"]
     assert [part.id for part in schemas["UnGuideSampler"].inputs] == expected
+
+
+def test_a_renamed_node_is_known_to_the_hosts_manager_of_replacements(monkeypatch):
+    """With the entry that the module shows as an example: none has been needed yet."""
+    import server
+    from app.node_replace_manager import NodeReplaceManager
+
+    replacements = pack_module("nodes.replacements")
+    manager = NodeReplaceManager()
+    monkeypatch.setattr(server.PromptServer, "instance", SimpleNamespace(node_replace_manager=manager), raising=False)
+    example = ast.literal_eval(replacements.__doc__[replacements.__doc__.index("{") :].strip())
+    asyncio.run(replacements.register([example]))
+    (entry,) = manager.get_replacement("UnGuideOldName")
+    assert entry.as_dict() == example
