@@ -26,7 +26,7 @@ from dev.workspace import PACK
 WORKFLOWS = PACK / "workflows"
 COMPARISON = "3_compare_base_lora_unguide"
 SINGLE = ("1_quick_start", "2_probe_then_sample", "4_custom_sampling")
-LORA = "unguide-demo/selective/{}.safetensors"
+LORA = "demo/{}"
 # a column's name, and the file name prefix of its image in the comparison
 COLUMNS = {"base": "unguide/compare_base", "LoRA only": "unguide/compare_lora", "UnGuide": "unguide/compare_unguide"}
 UNRELATED = ("dog", "ship", "frog", "horse")
@@ -105,13 +105,6 @@ def check_output(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DevError(f"{output} cannot hold results ({error.strerror}): choose a folder with --output", 2) from None
-
-
-def check_installed(concept: str, host: Host) -> None:
-    """Raises DevError unless the concept's erasure LoRA is among the demo's models."""
-    path = host.base_directory / "models" / "loras" / LORA.format(concept)
-    if not path.is_file():
-        raise DevError(f"the demo's erasure LoRA for {concept!r} is missing at {path}: run python3 dev setup")
 
 
 class Demo:

@@ -27,7 +27,6 @@ def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> 
     demo.check_seed(arguments.seed)
     demo.check_output(output)
     host = prepare.prepare(arguments, progress)
-    demo.check_installed(concept, host)
     rows = demo.rows_for(concept, arguments.prompt)
     progress("starting ComfyUI")
     with running_server(host, arguments=("--disable-metadata",)) as server:

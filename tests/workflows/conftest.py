@@ -48,7 +48,8 @@ def twin(stem: str, settings: dict[str, Any] | None = None, **inputs: Any) -> Gr
     """The API-format twin of a workflow, changed; where it shows a report, it shows it as JSON.
 
     Args:
-        settings: of an UnGuide Settings node that all guided nodes are connected to; what is not named has its default.
+        settings: of an UnGuide Settings node to which all guided nodes are connected that have none of their own; what
+            is not named has its default.
         inputs: replace those of the same name that hold a value, everywhere; `prompt` is the positive prompt's text.
     """
     graph = _read(stem)
@@ -65,7 +66,7 @@ def twin(stem: str, settings: dict[str, Any] | None = None, **inputs: Any) -> Gr
     if settings is not None:
         (defaults,) = [node for node in _read("4_custom_sampling").values() if node["class_type"] == SETTINGS]
         for node in graph.values():
-            if node["class_type"] in GUIDED:
+            if node["class_type"] in GUIDED and "settings" not in node["inputs"]:
                 node["inputs"]["settings"] = ["settings", 0]
         graph["settings"] = {**defaults, "inputs": {**defaults["inputs"], **settings}}
     return graph

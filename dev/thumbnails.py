@@ -1,0 +1,81 @@
+"""The templates' thumbnails: what each generates with the demo model, beside what the model alone generates.
+
+Runs in the host's python, which has Pillow: `python3 dev templates --thumbnails`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from dev import workflow
+from dev.api import Graph
+from dev.host import Host
+from dev.server import Server, running_server
+from dev.workspace import PACK
+
+WORKFLOWS = PACK / "workflows"
+SIZE = (1040, 585)
+MARGIN, CAPTION = 24, 56
+GROUND, TEXT = "#14181f", "#f2f4f8"
+COMPARISON = "3_compare_base_lora_unguide"
+SMALL = {"width": 64, "height": 64, "ckpt_name": "unguide-demo.safetensors"}
+"""For templates that start from a checkpoint of the user's: the demo's, at its own size."""
+BASE, LORA, UNGUIDE = "1: base", "2: LoRA only", "3: UnGuide"
+CAPTIONS = {
+    "1_quick_start": ("the model", "a cat: erased", "a dog: the same"),
+    "2_probe_then_sample": ("the model", "detected: cat", "not detected"),
+    "4_custom_sampling": ("the model", "any sampler: cat", "any sampler: dog"),
+    "5_train_erasure_lora": ("the model", "trained: cat", "trained: dog"),
+    "6_train_on_your_checkpoint": ("your model", "forgets a word", "keeps the rest"),
+}
+
+
+def images(server: Server, object_info: dict[str, Any], stem: str, prompt: str) -> dict[str, Image.Image]:
+    """What the template's Save Image nodes write for a prompt, by the nodes' titles."""
+    content = json.loads((WORKFLOWS / f"{stem}.json").read_text(encoding="utf-8"))
+    graph: Graph = workflow.to_api(content, object_info)
+    for node in graph.values():
+        if node["_meta"]["title"] == "Prompt":
+            node["inputs"]["text"] = f"a photo of the {prompt}"
+        node["inputs"] |= {name: value for name, value in SMALL.items() if name in node["inputs"]}
+    found = server.api.images(server.api.run(graph))
+    saved = {key: node["_meta"]["title"] for key, node in graph.items() if node["class_type"] == "SaveImage"}
+    return {title: Image.open(io.BytesIO(found[key][0])).convert("RGB") for key, title in saved.items()}
+
+
+def row(tiles: list[tuple[str, Image.Image]]) -> Image.Image:
+    """Captions over images, beside one another."""
+    canvas = Image.new("RGB", SIZE, GROUND)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(30)
+    side = (SIZE[0] - MARGIN * (len(tiles) + 1)) // len(tiles)
+    top = (SIZE[1] - side - CAPTION) // 2
+    for number, (caption, image) in enumerate(tiles):
+        left = MARGIN + number * (side + MARGIN)
+        draw.text((left + side / 2, top + CAPTION / 2 - 6), caption, fill=TEXT, font=font, anchor="mm")
+        canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (left, top + CAPTION))
+    return canvas
+
+
+def main() -> None:
+    with running_server(Host.from_environment()) as server:
+        object_info = server.api.get("/object_info")
+        cat = images(server, object_info, COMPARISON, "cat")
+        dog = images(server, object_info, COMPARISON, "dog")
+        thumbnails = {
+            COMPARISON: [("the model: dog", dog[BASE]), ("LoRA alone: dog", dog[LORA]), ("UnGuide: dog", dog[UNGUIDE])]
+        }
+        for stem, captions in CAPTIONS.items():
+            results = [images(server, object_info, stem, prompt)["Image"] for prompt in ("cat", "dog")]
+            thumbnails[stem] = list(zip(captions, (cat[BASE], *results), strict=True))
+    for stem, tiles in thumbnails.items():
+        row(tiles).save(WORKFLOWS / f"{stem}.jpg", quality=85)
+        sys.stdout.write(f"written: workflows/{stem}.jpg\n")
+
+
+if __name__ == "__main__":
+    main()
