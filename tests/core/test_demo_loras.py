@@ -1,15 +1,19 @@
 """The erasure LoRAs that ship with the demo model: that they fit it, and that their cards say what they are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from demo.captions import CLASSES, SYNONYMS
 from demo.erasure import LORAS, PREFIX, RECIPES, narrowed, path_of, widened
+from demo.licence import relicense
 from demo.narrow import ADAPTED, LATENT, base_hash, normal_sigmas
+from demo.seed import LICENCE
 from demo.shapes import WIDE_WIDTH
 from demo.unet import UNet
 from unguide_core.adapter import Adapter, initial_low_rank
-from unguide_core.formats import load_adapter
+from unguide_core.formats import load_adapter, save_adapter
 from unguide_core.probe.calibration import Calibration
 
 FILES = [(objective, concept) for objective in RECIPES for concept in CLASSES]
@@ -64,3 +68,15 @@ def test_widening_an_adapter_keeps_it_but_for_half_precision(generator):
     torch.nn.init.normal_(layer.up, generator=generator)
     again = narrowed(Adapter(widened({name: layer})))[name]
     torch.testing.assert_close(again.weight_delta(), layer.weight_delta().detach(), rtol=2e-3, atol=1e-4)
+
+
+def test_another_licence_is_rewritten_once_and_nothing_else(tmp_path):
+    path = tmp_path / "cat.safetensors"
+    shipped = load_adapter(path_of(LORAS, "selective", "cat"))
+    extra = {**shipped.card.extra, "modelspec.license": "MIT"}
+    save_adapter(replace(shipped, card=replace(shipped.card, licence="MIT", extra=extra)), path)
+    assert [relicense(path), relicense(path)] == [True, False]
+    again = load_adapter(path)
+    assert again.signature == shipped.signature
+    assert again.card.calibration == shipped.card.calibration
+    assert (again.card.licence, again.card.extra["modelspec.license"]) == (LICENCE, LICENCE)

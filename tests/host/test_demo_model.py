@@ -5,10 +5,11 @@ from __future__ import annotations
 import folder_paths
 import pytest
 import torch
+from safetensors import safe_open
 
 from demo.captions import CLASSES
 from tests.conftest import pack_module
-from tests.host.conftest import CAT, Demo, ksampler
+from tests.host.conftest import CAT, CHECKPOINT, Demo, ksampler
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,13 @@ def test_the_node_builds_the_checkpoints_model(built: Demo, demo: Demo) -> None:
     assert torch.equal(built.encode(CAT)[0][0], demo.encode(CAT)[0][0])
     latent = torch.linspace(-2, 2, 256).reshape(1, 4, 8, 8)
     assert torch.equal(built.vae.decode(latent), demo.vae.decode(latent))
+
+
+def test_the_unpacked_checkpoint_credits_the_artwork() -> None:
+    with safe_open(folder_paths.get_full_path("checkpoints", CHECKPOINT), framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["licence"] == "CC-BY-4.0"
+    assert all(name in metadata["credit"] for name in ("Twemoji", "Noto Emoji", "Fluent Emoji", "FxEmojis"))
 
 
 def test_the_model_denoises_a_prompt(built: Demo) -> None:
