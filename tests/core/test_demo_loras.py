@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from demo.captions import CLASSES, SYNONYMS
 from demo.erasure import LORAS, PREFIX, RECIPES, narrowed, path_of, widened
@@ -79,4 +80,6 @@ def test_another_licence_is_rewritten_once_and_nothing_else(tmp_path):
     again = load_adapter(path)
     assert again.signature == shipped.signature
     assert again.card.calibration == shipped.card.calibration
-    assert (again.card.licence, again.card.extra["modelspec.license"]) == (LICENCE, LICENCE)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["unguide.licence"], metadata["modelspec.license"]) == (LICENCE, LICENCE)
