@@ -11,7 +11,7 @@ from typing import Any
 from dev.layout import NODE_WIDTH, NOTE, Blueprint, Column, Group, Node, Output, Template
 
 CAT = "a photo of the cat"
-SAMPLING = {"seed": 7, "steps": 30, "cfg": 4, "sampler_name": "euler", "scheduler": "normal"}
+SAMPLING = {"seed": 7, "steps": 20, "cfg": 4, "sampler_name": "euler", "scheduler": "normal"}
 SIZE = {"width": 64, "height": 64}
 NARROW, WIDE = NODE_WIDTH, 520
 
@@ -395,7 +395,7 @@ prompt.
                             "schedule",
                             "BasicScheduler",
                             170,
-                            {"model": Output("guided", "model"), "scheduler": "normal", "steps": 30, "denoise": 1},
+                            {"model": Output("guided", "model"), "scheduler": "normal", "steps": 20, "denoise": 1},
                         ),
                         Node(
                             "sampler",

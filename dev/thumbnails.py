@@ -30,8 +30,8 @@ CAPTIONS = {
     "1_quick_start": ("the model", "a cat: erased", "a dog: the same"),
     "2_probe_then_sample": ("the model", "detected: cat", "not detected"),
     "4_custom_sampling": ("the model", "any sampler: cat", "any sampler: dog"),
-    "5_train_erasure_lora": ("the model", "trained: cat", "trained: dog"),
     "6_train_on_your_checkpoint": ("your model", "forgets a word", "keeps the rest"),
+    "5_train_erasure_lora": ("the model", "trained: cat", "trained: dog"),
 }
 
 
@@ -61,20 +61,23 @@ def row(tiles: list[tuple[str, Image.Image]]) -> Image.Image:
     return canvas
 
 
+def save(stem: str, tiles: list[tuple[str, Image.Image]]) -> None:
+    """Writes a template's thumbnail."""
+    row(tiles).save(WORKFLOWS / f"{stem}.jpg", quality=85)
+    sys.stdout.write(f"written: workflows/{stem}.jpg\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     with running_server(Host.from_environment()) as server:
         object_info = server.api.get("/object_info")
         cat = images(server, object_info, COMPARISON, "cat")
         dog = images(server, object_info, COMPARISON, "dog")
-        thumbnails = {
-            COMPARISON: [("the model: dog", dog[BASE]), ("LoRA alone: dog", dog[LORA]), ("UnGuide: dog", dog[UNGUIDE])]
-        }
+        titles = {"the model: dog": BASE, "LoRA alone: dog": LORA, "UnGuide: dog": UNGUIDE}
+        save(COMPARISON, [(caption, dog[title]) for caption, title in titles.items()])
         for stem, captions in CAPTIONS.items():
             results = [images(server, object_info, stem, prompt)["Image"] for prompt in ("cat", "dog")]
-            thumbnails[stem] = list(zip(captions, (cat[BASE], *results), strict=True))
-    for stem, tiles in thumbnails.items():
-        row(tiles).save(WORKFLOWS / f"{stem}.jpg", quality=85)
-        sys.stdout.write(f"written: workflows/{stem}.jpg\n")
+            save(stem, list(zip(captions, (cat[BASE], *results), strict=True)))
 
 
 if __name__ == "__main__":
