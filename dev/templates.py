@@ -127,7 +127,10 @@ it.
         ),
         Column(WIDE, (Group("5. Report", (report(Output("sampler", "report"), 500),)),)),
     ),
-    app=((("prompt", "text"), ("lora", "lora_name"), ("sampler", "seed")), ("shown", "report")),
+    app=(
+        (("prompt", "text"), ("lora", "lora_name"), ("sampler", "seed"), ("report", "preview_text")),
+        ("shown", "sampler", "report"),
+    ),
 )
 
 PROBE = Template(

@@ -1,6 +1,6 @@
 """The templates' thumbnails: what each generates with the demo model, beside what the model alone generates.
 
-Runs in the host's python, which has Pillow: `python3 dev templates --thumbnails`.
+Runs in the host's python, which has Pillow: `python3 dev templates --thumbnails`. The comparison is always among them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ GROUND, TEXT = "#14181f", "#f2f4f8"
 COMPARISON = "3_compare_base_lora_unguide"
 SMALL = {"width": 64, "height": 64, "ckpt_name": "unguide-demo.safetensors"}
 """For templates that start from a checkpoint of the user's: the demo's, at its own size."""
-BASE, LORA, UNGUIDE = "1: base", "2: LoRA only", "3: UnGuide"
+BASE = "1: base"
+TITLES = {"the model": BASE, "the LoRA alone": "2: LoRA only", "UnGuide": "3: UnGuide"}
 CAPTIONS = {
     "1_quick_start": ("the model", "a cat: erased", "a dog: the same"),
     "2_probe_then_sample": ("the model", "detected: cat", "not detected"),
@@ -69,13 +70,14 @@ def save(stem: str, tiles: list[tuple[str, Image.Image]]) -> None:
 
 
 def main() -> None:
+    wanted = sys.argv[1:]
     with running_server(Host.from_environment()) as server:
         object_info = server.api.get("/object_info")
         cat = images(server, object_info, COMPARISON, "cat")
-        dog = images(server, object_info, COMPARISON, "dog")
-        titles = {"the model: dog": BASE, "LoRA alone: dog": LORA, "UnGuide: dog": UNGUIDE}
-        save(COMPARISON, [(caption, dog[title]) for caption, title in titles.items()])
+        save(COMPARISON, [(caption, cat[title]) for caption, title in TITLES.items()])
         for stem, captions in CAPTIONS.items():
+            if wanted and stem not in wanted:
+                continue
             results = [images(server, object_info, stem, prompt)["Image"] for prompt in ("cat", "dog")]
             save(stem, list(zip(captions, (cat[BASE], *results), strict=True)))
 

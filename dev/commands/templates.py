@@ -22,7 +22,9 @@ TWINS = PACK / "tests" / "fixtures" / "workflows"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_arguments(parser)
-    parser.add_argument("--thumbnails", action="store_true", help="run them too, and write workflows/*.jpg")
+    parser.add_argument(
+        "--thumbnails", nargs="*", metavar="STEM", help="run them too, all or those named, and write workflows/*.jpg"
+    )
 
 
 def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> int:
@@ -36,7 +38,9 @@ def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> 
     for wanted in BLUEPRINTS:
         write(PACK / "subgraphs" / f"{wanted.name}.json", blueprint(wanted, object_info))
     print(f"{len(TEMPLATES)} workflows and {len(BLUEPRINTS)} blueprints written")
-    return run_inside("dev.thumbnails", arguments, [], progress) if arguments.thumbnails else 0
+    if arguments.thumbnails is None:
+        return 0
+    return run_inside("dev.thumbnails", arguments, arguments.thumbnails, progress)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -94,13 +94,16 @@ def test_the_saved_view_shows_everything_legibly_in_a_window_of_1600_by_1000(wor
 
 
 def test_the_quick_start_is_an_app_with_the_prompt_and_shows_image_and_report() -> None:
+    """The report's own widget is made by the page."""
     workflow = json.loads((WORKFLOWS / "1_quick_start.json").read_text(encoding="utf-8"))
     app, nodes = workflow["extra"]["linearData"], {node["id"]: node for node in workflow["nodes"]}
     prompt = nodes[app["inputs"][0][0]]
     assert (prompt["title"], app["inputs"][0][1]) == ("Prompt", "text")
-    for node, widget in app["inputs"]:
+    *filled, (report, text) = app["inputs"]
+    assert (nodes[report]["title"], text) == ("Report", "preview_text")
+    for node, widget in filled:
         assert any(slot["name"] == widget and "widget" in slot for slot in nodes[node]["inputs"])
-    assert [nodes[node]["type"] for node in app["outputs"]] == ["PreviewImage", "PreviewAny"]
+    assert [nodes[node]["type"] for node in app["outputs"]] == ["PreviewImage", "UnGuideSampler", "PreviewAny"]
 
 
 def test_the_blueprints_are_offered_and_their_links_agree_with_the_slots_at_both_ends(
