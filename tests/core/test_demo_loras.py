@@ -40,6 +40,7 @@ def test_a_shipped_loras_card_says_what_it_erases_and_how_it_was_trained(objecti
     card = load_adapter(path_of(LORAS, objective, concept)).card
     assert (card.concept, card.synonyms, card.objective) == (concept, SYNONYMS[concept], objective)
     assert card.target == f"a photo of the {concept}"
+    assert card.licence == LICENCE
     assert card.reference.startswith("a photo of the ")
     assert (card.rank, card.alpha) == (RECIPES[objective].rank, RECIPES[objective].alpha)
     assert card.settings["iterations"] == RECIPES[objective].iterations
