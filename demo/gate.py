@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from unguide_core.probe import alignment, influence
-from unguide_core.probe.calibration import UNCALIBRATED, Level, Spread, tells_apart
+from unguide_core.probe.calibration import UNCALIBRATED, Level, tells_apart
+from unguide_core.probe.spread import Spread
 from unguide_core.schedule import partial_denoise, to_sigma_space
 
 from .captions import CLASSES, SCENES, words_for

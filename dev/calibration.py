@@ -3,7 +3,8 @@
 Run by `python3 dev calibrate`. Measured at the demo UNet's narrow width, which computes what the checkpoint computes
 (`dev.narrow_host`), and written for the checkpoint.
 
-Objects are calibrated in other scenes than those in which `python3 dev gate` measures.
+Objects are calibrated in other scenes than those in which `python3 dev gate` measures. With --text only the text stage
+is calibrated, which takes no model evaluation, and the rest of the cards is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LATENT, CFG = (1, 4, 8, 8), 4.0
 OWN_REPEATS = 8
 
 
-def calibrate(names: list[str], concepts: list[str], repeats: int, seed: int) -> None:
+def calibrate(names: list[str], concepts: list[str], repeats: int, seed: int, text_alone: bool) -> None:
     """Calibrate the erasure LoRAs of the sets for the concepts, and rewrite the repository's files."""
     import torch
 
@@ -61,6 +62,12 @@ def calibrate(names: list[str], concepts: list[str], repeats: int, seed: int) ->
             unrelated = [encode(prompt) for prompt in others]
             prompts.append(calibration.CalibrationPrompts(lora.concept, within, unrelated, lora.name))
             paths.append(path)
+    if text_alone:
+        for path, lora, asked in zip(paths, loras, prompts, strict=True):
+            done = calibration.with_text_calibration(model, lora, asked)
+            formats.save_adapter(done.adapter, path)
+            sys.stdout.write(f"{path.parent.name}/{path.stem}: {_text_described(done.adapter.card.calibration)}\n")
+        return
     started = time.perf_counter()
     settings = calibration.CalibrationSettings(CFG, repeats=repeats, own_repeats=OWN_REPEATS, seed=seed)
     measured = [narrow_lora(lora, narrow) for lora in loras]
@@ -68,7 +75,7 @@ def calibrate(names: list[str], concepts: list[str], repeats: int, seed: int) ->
     for path, lora, result in zip(paths, loras, results, strict=True):
         of_checkpoint = replace(result, model=model_key, adapter=lora.adapter.signature)
         formats.save_adapter(calibration.with_calibration(lora, of_checkpoint).adapter, path)
-        sys.stdout.write(f"{path.parent.name}/{path.stem}: {_described(result)}\n")
+        sys.stdout.write(f"{path.parent.name}/{path.stem}: {_described(result)}; {_text_described(result.to_card())}\n")
     sys.stdout.write(f"{len(results)} erasure LoRAs calibrated in {time.perf_counter() - started:.0f} s\n")
 
 
@@ -81,12 +88,19 @@ def _described(calibration: Any) -> str:
     return ", ".join(parts) + " (thresholds by falling noise level, and the share of the concept's prompts below)"
 
 
+def _text_described(card: Any) -> str:
+    text = pack_module("unguide_core.probe.calibration").Calibration.from_card(card).text
+    thresholds = text.text.thresholds(0.01)
+    return "text does not separate" if thresholds is None else "text {:.2f} to {:.2f}".format(*thresholds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 dev calibrate")
     parser.add_argument("--set", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--concept", nargs="+", help="default: all ten")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", action="store_true", help="calibrate the text stage alone, in seconds")
     arguments = parser.parse_args()
     start_host()
     import torch
@@ -96,7 +110,7 @@ def main() -> None:
     if unknown := set(arguments.concept or ()) - set(CLASSES):
         parser.error(f"no such concept: {', '.join(sorted(unknown))}; choose from {', '.join(CLASSES)}")
     with torch.inference_mode():
-        calibrate(arguments.set, arguments.concept or list(CLASSES), arguments.repeats, arguments.seed)
+        calibrate(arguments.set, arguments.concept or list(CLASSES), arguments.repeats, arguments.seed, arguments.text)
 
 
 if __name__ == "__main__":

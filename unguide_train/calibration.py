@@ -1,4 +1,4 @@
-"""Probes prompts with a diffusers model, for a calibration; `unguide_core.probe.calibration` does the rest."""
+"""Probes prompts with a diffusers model, for a calibration; `unguide_core.probe` does the rest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from unguide_core.adapter import Adapter
+from unguide_core.adapter import Adapter, LowRank
 from unguide_core.probe import alignment, influence
 from unguide_core.probe.calibration import (
     MINIMUM_OTHERS,
@@ -17,7 +17,10 @@ from unguide_core.probe.calibration import (
     CalibrationPrompts,
     calibrated_levels,
 )
+from unguide_core.probe.text import TextCalibration, calibrated_text, text_map
 from unguide_core.training.rollout import Denoiser, Latents, sampled_timesteps
+
+from .model import NAME, DiffusersPredictor
 
 CFG = 4.0
 REPEATS, OWN_REPEATS = 1, 8
@@ -29,6 +32,7 @@ def calibrate(
     denoiser: Denoiser,
     base_hash: str,
     prompts: CalibrationPrompts[str],
+    text_prompts: CalibrationPrompts[str],
     shape: Sequence[int],
     *,
     seed: int = 0,
@@ -38,6 +42,7 @@ def calibrate(
 
     Args:
         denoiser: of the base model, with the adapter within `denoiser.predict.adapted()`; it knows the prompts.
+        text_prompts: for the text stage, which needs no evaluations.
         base_hash: identifies the base model's weights; the calibration holds where nothing patches them.
         shape: of one latent, [C, H, W].
         seed: of the noise.
@@ -55,7 +60,32 @@ def calibrate(
     levels = calibrated_levels(
         [prompts], probe, repeats=REPEATS, own_repeats=OWN_REPEATS, minimum_others=MINIMUM_OTHERS
     )
-    return Calibration(base_hash, adapter.signature, tuple(shape), CFG, OWN_REPEATS, levels[0])
+    assert isinstance(denoiser.predict, DiffusersPredictor)
+    text = calibrate_text(denoiser.predict, text_prompts)
+    return Calibration(base_hash, adapter.signature, tuple(shape), CFG, OWN_REPEATS, levels[0], text)
+
+
+@torch.no_grad()
+def calibrate_text(predictor: DiffusersPredictor, prompts: CalibrationPrompts[str]) -> TextCalibration | None:
+    """Returns the calibration of the text stage.
+
+    None where a layer of the adapter reads more than text, and where the concept's own prompt is the only one with it.
+
+    Args:
+        predictor: of the base model with the adapter; it knows the prompts.
+    Raises: ValueError if there are too few prompts, or the adapter does not change its concept's text.
+    """
+    tuned = {name: module for name, module in predictor.unet.named_modules() if hasattr(module, "lora_A")}
+    if not prompts.concept or not all(name.endswith((".attn2.to_k", ".attn2.to_v")) for name in tuned):
+        return None
+    norms = [float(module.base_layer.weight.float().norm()) for module in tuned.values()]
+    layers = [
+        LowRank(module.lora_A[NAME].weight.float(), module.lora_B[NAME].weight.float(), module.scaling[NAME])
+        for module in tuned.values()
+    ]
+    own, *concept = (predictor.encoded[text].states.float() for text in (prompts.own, *prompts.concept))
+    others = [predictor.encoded[text].states.float() for text in prompts.others]
+    return calibrated_text(text_map(layers, norms), own, concept, others)
 
 
 def _probed(denoiser: Denoiser, prompt: str, own: str, noise: Tensor) -> Iterator[tuple[float, dict[str, Tensor]]]:

@@ -17,7 +17,7 @@ from unguide_core.adapter import Card
 from unguide_core.formats import save_adapter
 from unguide_core.probe.calibration import CalibrationPrompts
 from unguide_core.training.finish import finish
-from unguide_core.training.prompts import TrainingPrompts, calibration_prompts
+from unguide_core.training.prompts import TrainingPrompts, calibration_prompts, text_calibration_prompts
 from unguide_core.training.rollout import Denoiser
 from unguide_core.training.trainer import FP16_LOSS_SCALE, Training, TrainingError
 
@@ -85,8 +85,12 @@ def _train(config: Config, concept: Concept, base: Base, accelerator: Accelerato
     began, path, recipe = time.perf_counter(), config.path_of(concept), config.full_recipe
     prompts = config.prompts_of(concept)
     layers = add_adapter(base.unet, recipe, config.layers, config.pattern)
-    own, others = calibration_prompts(config.words_of(concept), (concept.concept, *concept.synonyms))
-    texts = dict.fromkeys((*prompts.names, *own, *others))
+    words = config.words_of(concept), (concept.concept, *concept.synonyms)
+    asked = [
+        CalibrationPrompts(prompts.erased[0].target, *of(*words))
+        for of in (calibration_prompts, text_calibration_prompts)
+    ]
+    texts = dict.fromkeys((*prompts.names, *(text for each in asked for text in (*each.concept, *each.others))))
     encoded, side = base.encode(tuple(texts), accelerator.device), (config.size or base.size) // 8
     predictor = DiffusersPredictor(base.unet, encoded, accelerator.autocast)
     training = Training(
@@ -118,12 +122,12 @@ def _train(config: Config, concept: Concept, base: Base, accelerator: Accelerato
         unfinished.remove()
         raise
     accelerator.end_training()
-    named = CalibrationPrompts(prompts.erased[0].target, own, others)
     measure = partial(
         calibrate,
         denoiser=Denoiser(training.predict, prompts.neutral, training.denoiser.rows),
         base_hash=base.hash,
-        prompts=named,
+        prompts=asked[0],
+        text_prompts=asked[1],
         shape=training.shape,
         seed=recipe.seed,
         device=training.device,

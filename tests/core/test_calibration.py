@@ -5,15 +5,8 @@ import math
 import pytest
 import torch
 
-from unguide_core.probe.calibration import (
-    TAIL_RATES,
-    Calibration,
-    CalibrationPrompts,
-    Level,
-    Spread,
-    calibrated_levels,
-    tells_apart,
-)
+from unguide_core.probe.calibration import Calibration, CalibrationPrompts, Level, calibrated_levels, tells_apart
+from unguide_core.probe.spread import TAIL_RATES, Spread
 
 
 def spread(low, high, *, upper, count=200):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -180,10 +180,22 @@ def demo() -> Demo:
 
 
 @pytest.fixture(scope="session")
-def demo_lora(demo: Demo):
-    """The demo's erasure LoRA for "cat", its prompts encoded."""
+def text_lora(demo: Demo):
+    """The demo's erasure LoRA for "cat" as it is shipped, its prompts encoded."""
     with torch.inference_mode():
         return load("selective", "cat", demo)
+
+
+@pytest.fixture(scope="session")
+def demo_lora(text_lora: Any):
+    """The same without the text stage, which would decide most prompts by itself."""
+    return without_text(text_lora)
+
+
+def without_text(lora: Any) -> Any:
+    """An erasure LoRA whose calibration has no text stage."""
+    card = replace(lora.adapter.card, calibration={**lora.adapter.card.calibration, "text": None})
+    return replace(lora, adapter=replace(lora.adapter, card=card))
 
 
 def load(kind: str, concept: str, demo: Demo) -> Any:

@@ -15,7 +15,19 @@ from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
 from dev.pack import lora_patches
 from tests.conftest import pack_module
-from tests.host.conftest import CAT, LORA, UNRELATED, Demo, Observer, guided, ksampler, latent, load, settings
+from tests.host.conftest import (
+    CAT,
+    LORA,
+    UNRELATED,
+    Demo,
+    Observer,
+    guided,
+    ksampler,
+    latent,
+    load,
+    settings,
+    without_text,
+)
 
 baseline, keys = pack_module("unguide_comfy.probe.baseline"), pack_module("unguide_comfy.model.key")
 probe_node = pack_module("nodes.probe").StabilityProbe
@@ -212,7 +224,7 @@ def test_a_baseline_calibrated_for_another_size_is_not_used(demo, demo_lora):
 
 
 def with_a_lora(demo: Demo, strength: float = 0.01) -> Any:
-    lora = load("selective", "ship", demo)
+    lora = without_text(load("selective", "ship", demo))
     return comfy.sd.load_lora_for_models(demo.model, None, lora_patches(lora.adapter), strength, 0.0)[0]
 
 
@@ -282,7 +294,7 @@ def test_a_model_that_a_calibration_names_by_its_weights_is_hashed_before_sampli
 
 @pytest.mark.parametrize("hooked", ["positive", "negative"])
 def test_a_calibration_is_not_used_where_hooks_change_the_model(hooked, demo, demo_lora):
-    ship = load("selective", "ship", demo)
+    ship = without_text(load("selective", "ship", demo))
     hooks = comfy.hooks.create_hook_lora(lora_patches(ship.adapter), 1.0, 0.0)
     prompts = {"positive": demo.encode(CAT), "negative": demo.encode("")}
     prompts[hooked] = comfy.hooks.set_hooks_for_conditioning(prompts[hooked], hooks)
@@ -314,6 +326,6 @@ def test_calibrating_an_adapter_gives_it_thresholds_that_work(demo, demo_lora):
     assert json.loads(text)[LORA]["model"] == keys.model_key(demo.model)
     assert lora.adapter.layers is bare.adapter.layers
     for prompt, expected in ((CAT, True), ("a photo of the truck", False)):
-        found = decision(demo, lora, prompt)
-        assert found.statistic == "influence"
-        assert found.detected is expected
+        by_text, by_influence = decision(demo, lora, prompt), decision(demo, without_text(lora), prompt)
+        assert (by_text.statistic, by_influence.statistic) == ("text", "influence")
+        assert by_text.detected is by_influence.detected is expected

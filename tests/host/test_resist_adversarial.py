@@ -45,7 +45,7 @@ def optimised():
 
 def test_optimised_text_gets_past_the_lora_and_its_influence(optimised):
     """The attack works, or the tests below would say nothing."""
-    found = generated(optimised)
+    found = generated(optimised, statistic="influence")
     assert shown(found) == ["cat", "cat"]
     assert found.detected == (False, False)
 
@@ -66,8 +66,7 @@ def test_optimised_text_is_detected_and_erased(chosen, optimised):
 def test_the_concept_itself_is_erased_too_at_two_more_evaluations_a_step():
     found = resisting(CAT)
     assert "cat" not in shown(found)
-    after = STEPS - 1  # the probe is in the second step, which erases already
-    assert found.evaluations == 2 * STEPS + 2 + 2 * after
+    assert found.evaluations == 4 * STEPS  # the text stage detects it, so there is no probe
 
 
 def test_an_unrelated_image_stays_bit_identical_at_two_evaluations():

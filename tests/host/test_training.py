@@ -360,6 +360,7 @@ def few_prompts(monkeypatch):
         return own[:1], others[:8]
 
     monkeypatch.setattr(finishes, "calibration_prompts", few)
+    monkeypatch.setattr(finishes, "text_calibration_prompts", few)
 
 
 def require_counts(said: list[str]) -> None:
@@ -390,6 +391,7 @@ def test_the_node_gives_an_erasure_lora_that_the_sampler_takes_and_the_hosts_los
     level = card.calibration["levels"]["influence"][0]
     assert level["others"]["count"] == 8
     assert level["baseline"] > 0
+    assert card.calibration["text"]["text"]["others"]["count"] == 8
     image = ksampler(fixed(demo.model, lora, 0.0), demo.encode(TARGET), demo.encode(""), steps=2)
     assert image.isfinite().all()
     assert LossGraphNode.define_schema().inputs[0].io_type == "LOSS_MAP"
@@ -425,6 +427,7 @@ def test_training_in_the_papers_way_on_connected_prompts_ends_with_a_calibration
     level = lora.adapter.card.calibration["levels"]["influence"][0]
     assert level["others"]["count"] == 8
     assert level["baseline"] > 0
+    assert lora.adapter.card.calibration["text"] is None  # no other prompt with the concept is known
     assert (lora.concept_prompt, lora.adapter.card.reference) == (TARGET, REFERENCE)
 
 
@@ -438,6 +441,17 @@ def test_prompts_to_calibrate_with_are_half_kept_and_half_unseen_and_name_no_con
     assert len(set(others) - set(words.kept)) >= 10
     assert not any(prompts.names_a_word(prompt, ("dog", "puppy")) for prompt in others)
     assert prompts.calibration_prompts(None, ()) == ([], [])
+
+
+def test_the_text_stage_is_calibrated_with_all_of_them():
+    prompts = pack_module("unguide_core.training.prompts")
+    words = prompts.prompts_for("dog", "forest", ("puppy",))
+    own, others = prompts.text_calibration_prompts(words, ("dog", "puppy"))
+    few_own, few_others = prompts.calibration_prompts(words, ("dog", "puppy"))
+    assert own == [pair.target for pair in words.erased[1:]]
+    assert set(few_own) < set(own)
+    assert set(few_others) < set(others)
+    assert set(others) >= set(words.kept)
 
 
 def failing(error: Exception) -> Any:

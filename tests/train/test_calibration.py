@@ -45,7 +45,8 @@ def found(checkpoint, tokenizer) -> Calibration:
         put_on(base.unet, adapter)
         own = [f"a photo of the {word}" for word in words_for("cat")[1:2]]
         predict = DiffusersPredictor(base.unet, base.encode([TARGET, *own, *OTHERS]))
-        return calibrate(adapter, Denoiser(predict, "", 16), base.hash, CalibrationPrompts(TARGET, own, OTHERS), SHAPE)
+        prompts = CalibrationPrompts(TARGET, own, OTHERS)
+        return calibrate(adapter, Denoiser(predict, "", 16), base.hash, prompts, prompts, SHAPE)
 
 
 def test_its_figures_are_those_that_the_host_measured(found: Calibration) -> None:
@@ -60,6 +61,10 @@ def test_its_figures_are_those_that_the_host_measured(found: Calibration) -> Non
         assert here.baseline == pytest.approx(there.baseline, rel=0.15)
         assert here.others.mean < 0.3
         assert here.concept.mean > 0.8
+    assert found.text is not None
+    assert shipped.text is not None
+    assert found.text.direction == pytest.approx(shipped.text.direction, rel=1e-2, abs=1e-4)
+    assert found.text.norm == pytest.approx(shipped.text.norm, rel=1e-3)
     aligned = found.levels["alignment"][1]
     assert aligned.baseline == 1.0
     assert aligned.concept.mean > 2 * aligned.others.mean
@@ -95,7 +100,8 @@ def test_what_was_trained_is_not_lost_where_memory_runs_out_in_its_calibration(s
 def test_a_trained_adapters_card_is_calibrated(settings, monkeypatch) -> None:
     """On few prompts: what it costs is per prompt."""
     prompts = job.calibration_prompts
-    monkeypatch.setattr(job, "calibration_prompts", lambda *given: (prompts(*given)[0][:1], prompts(*given)[1][:8]))
+    for name in ("calibration_prompts", "text_calibration_prompts"):
+        monkeypatch.setattr(job, name, lambda *given: (prompts(*given)[0][:1], prompts(*given)[1][:8]))
     quick = {"calibrate": True, "kept": [""], "recipe": {**settings["recipe"], "iterations": 2}}
     config = from_values({**settings, **quick})
     card = load_adapter(train_concept(config, config.concepts[0], quiet=True).path).card
@@ -103,3 +109,5 @@ def test_a_trained_adapters_card_is_calibrated(settings, monkeypatch) -> None:
     assert calibration is not None
     assert calibration.model == card.base_hash
     assert calibration.levels["influence"][0].others.count == 8
+    assert calibration.text is not None
+    assert calibration.text.text.others.count == 8

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..probe.decide import decide
 from ..probe.predictions import Predictions
 from ..probe.rollout import noise_at, probe_sigmas, rollout
 from ..probe.settings import BEFORE, Settings
+from ..probe.text import text_decision, text_statistics
 from ..report.records import Cost, Verdict
 
 
@@ -47,6 +49,8 @@ def probe_prompt(
 ) -> tuple[list[Decision], list[Verdict], Cost]:
     """Return the stability probe's decision for each erasure LoRA, as a run of its own, with all its statistics.
 
+    What the text stage decides is decided by it, as in a gate; the statistics of predictions are measured all the same.
+
     Args:
         model: a `ModelPatcher`; gates that it carries take no part.
         guider: makes the host's guider for a model, conditioning and cfg set.
@@ -61,7 +65,11 @@ def probe_prompt(
     def probe(guider: Any, extra_args: dict[str, Any], shape: torch.Size) -> list[tuple[Decision, ...]]:
         context = Context(guider, run, carrying(extra_args, **{RUN: run})["model_options"], key)
         predictions = predictions_before(context, settings, shape)
-        return decide(predictions, list(enumerate(loras)), settings, all_statistics=True)
+        found = decide(predictions, list(enumerate(loras)), settings, all_statistics=True)
+        return [
+            (_with_text(context, index, lora, settings, decision),)
+            for (index, lora), (decision,) in zip(enumerate(loras), found, strict=True)
+        ]
 
     with run.evaluations.of("probe"):
         decisions = [one for (one,) in run_on_model(guider(base), latent, settings.seed, probe)]
@@ -70,3 +78,13 @@ def probe_prompt(
     ]
     spent = {"probe": float(run.evaluations.spent["probe"])}
     return decisions, verdicts, Cost(spent, 0.0, time.perf_counter() - started)
+
+
+def _with_text(context: Context, index: int, lora: ErasureLora, settings: Settings, decision: Decision) -> Decision:
+    """The text stage's decision where there is one, else that of the predictions; with the statistics of both."""
+    (text,) = text_statistics(context, index, lora, settings)
+    by_text = text_decision(context, lora, settings, text)
+    if by_text is None:
+        return replace(decision, statistics=(*decision.statistics, *text))
+    statistics = (*by_text.statistics, *decision.statistics)
+    return replace(by_text, statistics=statistics, influence_map=decision.influence_map)

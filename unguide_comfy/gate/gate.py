@@ -1,8 +1,8 @@
 """The gate of one sampling run: the one object that decides for every erasure LoRA on the model.
 
-The sampling run itself is the probe: its first steps with the base model are the image's. At one of them the gate has
-the base model's predictions for the prompt and, as a rule, for the neutral prompt at hand. A run that detects nothing
-goes on as it would have without a gate.
+It asks the stages of the cascade (stages.py). What the prompt's text leaves open is decided by the sampling run itself:
+its first steps with the base model are the image's. At one of them the gate has the base model's predictions for the
+prompt and, as a rule, for the neutral prompt at hand. A run that detects nothing goes on as it would without a gate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from ...unguide_core.probe import AUTOMATIC, Decision
 from ..blend.state import Weight
 from ..lora.load import ErasureLora
 from ..probe.conds import Context, is_everywhere
-from ..probe.decide import decide
 from ..probe.predictions import Predictions
 from ..probe.rollout import schedule
 from ..probe.settings import ALWAYS, AS_PAPER, BEFORE, DURING, RESTART, Settings
@@ -27,7 +26,8 @@ from ..report.records import Cost, Verdict
 from .before import predictions_before
 from .concept_delta import ConceptDelta
 from .official import Start, decide_as_paper
-from .steps import is_settled, probing_step, step_of
+from .stages import STAGES, TRAJECTORY, Evidence
+from .steps import is_settled, step_of
 
 GATE = "unguide_gate"
 """Key of the gate in the transformer options."""
@@ -71,7 +71,8 @@ class Gate:
         self.branches, self.context, self.run = tuple(branches), context, context.run
         self.announce = announce
         self.delta = ConceptDelta(context)
-        self.decisions: list[tuple[Decision, ...]] = []
+        self.decisions: list[tuple[Decision | None, ...]] = []
+        """Of each branch, one for the batch or one per sample; None where a sample is still open, () where all are."""
         for index, branch in enumerate(self.branches):
             always = branch.settings.decide == ALWAYS
             self.run.weights[index] = branch.settings.weight_detected if always else 1.0
@@ -79,7 +80,8 @@ class Gate:
             if branch.decision is not None:
                 self._take([index], [(branch.decision,)])
         self._sigmas = torch.zeros(1)
-        self._next: dict[int, int] = {}
+        self._next: dict[tuple[str, int], int] = {}
+        """The step at which a stage is asked for a branch, by the stage's name and the branch."""
         self._restarted = False
         self.passed = False
         """Whether the run has passed through `gated_conditionals`, where the concept's change is added."""
@@ -102,6 +104,7 @@ class Gate:
         bypassed = "sampler_calc_cond_batch_function" in self.context.model_options
         if bypassed:
             self._leave_conditionals()
+        self._decide_at_once(shape[0])
         early = (BEFORE, DURING) if bypassed else (BEFORE,)
         self._decide_ahead(self._undecided(*early), shape)
         for indices in self._alike(self._undecided(AS_PAPER)):
@@ -124,25 +127,40 @@ class Gate:
         """Erase in the network's forward alone, because the run does not pass through `gated_conditionals`."""
         self.run.outside = frozenset()
 
+    def _decide_at_once(self, samples: int) -> None:
+        """Ask the stages that need no latent; sample by sample, except where the prompt or a video is decided."""
+        whole = self.context.model_options.get("context_handler") is not None
+        for stage in STAGES:
+            for alike in self._alike(self._undecided(BEFORE, DURING) if stage.step is None else ()):
+                settings = self.branches[alike[0]].settings
+                evidence = Evidence(self.context, settings, None if whole or settings.decide == BEFORE else samples)
+                with self.run.evaluations.of("probe"):
+                    self._take(alike, stage.decide(evidence, self._loras(alike)))
+
     def _decide_ahead(self, indices: Sequence[int], shape: Sequence[int]) -> None:
+        """Ask the trajectory stage on rollouts of the prompt."""
         for alike in self._alike(indices):
             settings = self.branches[alike[0]].settings
             with self.run.evaluations.of("probe"):
                 predictions = predictions_before(self.context, settings, shape[1:])
-                self._take(alike, decide(predictions, self._loras(alike), settings))
+                evidence = Evidence(self.context, settings, predictions=predictions)
+                self._take(alike, TRAJECTORY.decide(evidence, self._loras(alike)))
 
     # during sampling
 
     def watch(self, sigmas: torch.Tensor) -> None:
-        """Set the steps of a run through these noise levels at which to probe."""
+        """Set the steps of a run through these noise levels at which stages are asked."""
         self._sigmas = sigmas
-        for index in self._open():
-            settings = self.branches[index].settings
-            if self.decisions[index]:  # the run started again, and this one was probed before
-                self._next[index] = max(one.step or 0 for one in self.decisions[index]) + settings.recheck_every
-            else:
-                levels = schedule(self.context, settings.probe_schedule_steps)
-                self._next[index] = probing_step(sigmas, levels, settings.probe_steps)
+        for stage in STAGES:
+            if stage.step is None:
+                continue
+            for index in self._open():
+                settings, known = self.branches[index].settings, self.decisions[index]
+                if known and None not in known:  # the run started again, and this one was probed before
+                    self._next[stage.name, index] = max(map(_step, known)) + settings.recheck_every
+                else:
+                    levels = schedule(self.context, settings.probe_schedule_steps)
+                    self._next[stage.name, index] = stage.step(sigmas, levels, settings)
 
     def observe(
         self,
@@ -162,25 +180,27 @@ class Gate:
         Raises: Restart, where the image has to be generated from its first step again.
         """
         step = step_of(self._sigmas, float(sigma.max()))
-        due = [index for index in self._open() if step >= self._next[index]]
-        if not due:
+        due = [
+            (stage, [i for i in self._open() if step >= self._next.get((stage.name, i), step + 1)]) for stage in STAGES
+        ]
+        asked = sorted({index for _, indices in due for index in indices})
+        if not asked:
             return False
         before, detected = list(map(_plain, self.run.weights)), list(map(_detected, self.decisions))
         base = not self.run.active()  # `out` is the base model's
         pairs = zip(conds, out, strict=True)
         known = {id(entries[0]): x0 for entries, x0 in pairs if base and is_everywhere(entries)}
         predictions = Predictions(self.context, x, sigma, known)
-        for indices in self._alike(due):
-            settings = self.branches[indices[0]].settings
-            with self.run.evaluations.of("probe"):
-                found = decide(predictions, self._loras(indices), settings, step=step, by_sample=True)
-            if together:
-                found = [(max(each, key=lambda one: (one.detected, one.score - one.threshold)),) for each in found]
-            self._take(indices, found)
-        for index in due:
-            self._next[index] = step + self.branches[index].settings.recheck_every
+        for stage, indices in due:
+            for alike in self._alike(indices):
+                evidence = Evidence(self.context, self.branches[alike[0]].settings, len(x), predictions, step)
+                with self.run.evaluations.of("probe"):
+                    found = stage.decide(evidence, self._loras(alike))
+                self._take(alike, [(_leading(each),) for each in found] if together else found)
+            for index in indices:
+                self._next[stage.name, index] = step + self.branches[index].settings.recheck_every
         self.announce(self.verdicts())
-        newly = [index for index in due if _detected(self.decisions[index]) > detected[index]]
+        newly = [index for index in asked if _detected(self.decisions[index]) > detected[index]]
         if step > 0 and not self._restarted and any(self._restarts(index, float(sigma.max())) for index in newly):
             self._restarted = True
             raise Restart
@@ -203,14 +223,18 @@ class Gate:
             if branch.settings.decide == DURING
             and branch.decision is None
             and (
-                not self.decisions[index]
-                or (branch.settings.recheck_every and not all(one.detected for one in self.decisions[index]))
+                not self._is_decided(index)
+                or (branch.settings.recheck_every and not all(map(_is_detected, self.decisions[index])))
             )
         ]
 
     def _undecided(self, *decide: str) -> list[int]:
         """The branches of some ways to decide that still wait for a decision."""
-        return [i for i, b in enumerate(self.branches) if b.settings.decide in decide and not self.decisions[i]]
+        return [i for i, b in enumerate(self.branches) if b.settings.decide in decide and not self._is_decided(i)]
+
+    def _is_decided(self, index: int) -> bool:
+        """Whether every sample of a branch is decided."""
+        return bool(self.decisions[index]) and None not in self.decisions[index]
 
     def _alike(self, indices: Sequence[int]) -> list[list[int]]:
         """The branches by their settings, those with equal ones together."""
@@ -223,20 +247,23 @@ class Gate:
     def _loras(self, indices: Sequence[int]) -> list[tuple[int, ErasureLora]]:
         return [(index, self.branches[index].lora) for index in indices]
 
-    def _take(self, indices: Sequence[int], decided: Sequence[tuple[Decision, ...]]) -> None:
-        """Take decisions over; a sample that was detected before stays detected."""
+    def _take(self, indices: Sequence[int], decided: Sequence[tuple[Decision | None, ...]]) -> None:
+        """Take a stage's decisions over. What is decided stays so unless it is probed again; detections always do."""
         for index, new in zip(indices, decided, strict=True):
-            old = self.decisions[index] or new
-            kept = tuple(a if a.detected else b for a, b in zip(old, new, strict=True))
+            old = self.decisions[index] or (None,)
+            samples = max(len(old), len(new))
+            old, new = (each if len(each) == samples else each * samples for each in (old, new))
+            again = bool(self.branches[index].settings.recheck_every)
+            kept = tuple(_kept(a, b, again) for a, b in zip(old, new, strict=True))
             self.decisions[index] = kept
-            self.run.weights[index] = _as_weight([decision.weight for decision in kept])
+            self.run.weights[index] = _as_weight([1.0 if one is None else one.weight for one in kept])
 
     # what the user sees
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """Return what was decided so far."""
         return tuple(
-            Verdict(branch.lora, branch.settings.decide, decisions, _numbers(weight), branch.node)
+            Verdict(branch.lora, branch.settings.decide, _known(decisions), _numbers(weight), branch.node)
             for branch, decisions, weight in zip(self.branches, self.decisions, self.run.weights, strict=True)
         )
 
@@ -294,8 +321,33 @@ def gated_windows(
     return executor(x, sigma, given, seed)
 
 
-def _detected(decisions: Sequence[Decision]) -> int:
-    return sum(decision.detected for decision in decisions)
+def _is_detected(decision: Decision | None) -> bool:
+    return decision is not None and decision.detected
+
+
+def _detected(decisions: Sequence[Decision | None]) -> int:
+    return sum(map(_is_detected, decisions))
+
+
+def _leading(decisions: Sequence[Decision | None]) -> Decision | None:
+    """The decision that says most; None where all are open."""
+    known = [one for one in decisions if one is not None]
+    return max(known, key=lambda one: (one.detected, one.score - one.threshold), default=None)
+
+
+def _kept(old: Decision | None, new: Decision | None, again: bool) -> Decision | None:
+    """Which of two decisions on a sample holds; `again`: whether what was not detected is probed again."""
+    return old if new is None or (old is not None and (old.detected or not again)) else new
+
+
+def _known(decisions: Sequence[Decision | None]) -> tuple[Decision, ...]:
+    """The decisions made, where none is open or one has detected something."""
+    known = tuple(decision for decision in decisions if decision is not None)
+    return known if len(known) == len(decisions) or _detected(known) else ()
+
+
+def _step(decision: Decision | None) -> int:
+    return 0 if decision is None or decision.step is None else decision.step
 
 
 def _as_weight(weights: Sequence[float]) -> Weight:

@@ -10,11 +10,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from ...unguide_core.adapter import Adapter
 from ...unguide_core.probe.calibration import Calibration, Level
 from ..lora.load import Conditioning, ErasureLora
 from ..model.key import has_forward_patches, matches_model, model_key
-from .conds import Entry, digest, everywhere
+from .conds import Context, Entry, digest, everywhere
 from .predictions import Predictions, Subject
 from .rollout import down_to, noise_at, rollout, schedule
 from .settings import Settings
@@ -50,6 +52,8 @@ class Memory:
 
 
 memory = Memory()
+_read: WeakKeyDictionary[Adapter, Calibration | None] = WeakKeyDictionary()
+"""The calibrations of adapters, read once from their metadata."""
 
 
 def influence_on_prompt(
@@ -130,30 +134,40 @@ def hash_ahead(patcher: Any, loras: Sequence[ErasureLora]) -> None:
         matches_model(str(lora.adapter.card.calibration.get("model", "")), patcher, key)
 
 
+def valid_calibration(context: Context, lora: ErasureLora) -> tuple[Calibration | None, str]:
+    """Return the calibration in the adapter's metadata if it is for this model and adapter, else why not, in words."""
+    if not lora.adapter.card.calibration:
+        return None, "the adapter is not calibrated"
+    if lora.adapter not in _read:
+        _read[lora.adapter] = Calibration.from_card(lora.adapter.card.calibration)
+    calibration = _read[lora.adapter]
+    if calibration is None:
+        return None, "the adapter's calibration is of another version; calibrate it again"
+    if calibration.adapter != lora.adapter.signature:
+        return None, "the calibration is for another adapter"
+    if any("hooks" in entry for entries in context.guider.conds.values() for entry in entries or ()):
+        return None, "the calibration is for the model without the hooks on the conditioning"
+    if not matches_model(calibration.model, context.guider.model_patcher, context.model_key):
+        return None, (
+            f"the calibration is for another model (key {calibration.model}) than this one (key {context.model_key})"
+        )
+    return calibration, ""
+
+
 def read_calibration(predictions: Predictions, lora: ErasureLora) -> Calibrated:
     """Return what the calibration in the adapter's metadata says here, every key checked.
 
     Thresholds are relative to the influence on the concept's own prompt, and hold for the model and the adapter. That
     influence itself holds only for the latent's size and the guidance scale.
     """
-    content, context = lora.adapter.card.calibration, predictions.context
-    if not content:
-        return Calibrated(note="the adapter is not calibrated")
-    calibration = Calibration.from_card(content)
+    context = predictions.context
+    calibration, note = valid_calibration(context, lora)
     if calibration is None:
-        return Calibrated(note="the adapter's calibration is of another version; calibrate it again")
-    if calibration.adapter != lora.adapter.signature:
-        return Calibrated(note="the calibration is for another adapter")
-    if any("hooks" in entry for entries in context.guider.conds.values() for entry in entries or ()):
-        return Calibrated(note="the calibration is for the model without the hooks on the conditioning")
-    if not matches_model(calibration.model, context.guider.model_patcher, context.model_key):
-        return Calibrated(
-            note=f"the calibration is for another model (key {calibration.model}) than this one "
-            f"(key {context.model_key})"
-        )
+        return Calibrated(note=note)
     influence, alignment = (calibration.at(name, predictions.level) for name in ("influence", "alignment"))
     if influence is None:
-        return Calibrated(note=f"the calibration has no noise level near sigma {predictions.level:.3g}")
+        only = "" if calibration.levels else "; only the text stage is calibrated"
+        return Calibrated(note=f"the calibration has no noise level near sigma {predictions.level:.3g}{only}")
     here = tuple(predictions.latent.shape[1:])
     if calibration.latent != here:
         there = list(calibration.latent)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import comfy.model_management
@@ -22,16 +23,17 @@ from ...unguide_core.probe.calibration import (
     CalibrationPrompts,
     calibrated_levels,
 )
-from ...unguide_core.training.prompts import names_a_word
+from ...unguide_core.training.prompts import OTHER_PROMPTS, names_a_word
 from ..blend.state import RUN, Run
-from ..blend.wrapper import blending, carrying
+from ..blend.wrapper import bare, blending, carrying
 from ..lora.load import Conditioning, ErasureLora, encoder
 from ..lora.match import match
-from ..model.key import model_key
+from ..model.key import matches_model, model_key
 from ..model.task import run_on_model
 from .conds import Context
 from .predictions import Predictions
 from .rollout import noise_at, rollout, schedule
+from .text import reads_text_alone, text_calibration
 
 IN_SCENES = ("{} in a forest", "{} on a street", "{} on a table")
 """Scenes in which the concept has to be detected as well."""
@@ -68,6 +70,7 @@ def calibrate(
     latent: torch.Tensor,
     settings: CalibrationSettings,
     watch: Callable[[int, int], None] | None = None,
+    text_prompts: Sequence[CalibrationPrompts[Conditioning]] = (),
 ) -> list[Calibration]:
     """Return each erasure LoRA's calibration for this model.
 
@@ -77,6 +80,7 @@ def calibrate(
         negative: the negative prompt of the rollouts.
         latent: whose shape is used, [B, C, ...].
         watch: called after each prompt with how many are done of how many.
+        text_prompts: for the text stage, which needs no evaluations, likewise; none for the same prompts.
     Raises: ValueError if an erasure LoRA has no concept's or neutral prompt encoded, or there are no other prompts.
     """
     for lora in loras:
@@ -106,9 +110,13 @@ def calibrate(
             own_repeats=settings.own_repeats,
             on_prompt=shown,
         )
+        texts = [
+            text_calibration(base, layers, asked)
+            for layers, asked in zip(run.layers, text_prompts or prompts, strict=True)
+        ]
         return [
-            Calibration(key, lora.adapter.signature, tuple(shape), settings.cfg, settings.own_repeats, found)
-            for lora, found in zip(loras, levels, strict=True)
+            Calibration(key, lora.adapter.signature, tuple(shape), settings.cfg, settings.own_repeats, found, text)
+            for lora, found, text in zip(loras, levels, texts, strict=True)
         ]
 
     return run_on_model(guider, latent, settings.seed, calibrated)
@@ -133,17 +141,58 @@ def calibrate_from_texts(
         watch: as in `calibrate`.
     Raises: as `calibrate`.
     """
-    encode = encoder(clip)
-    others = {text: encode(text) for text in ("", *other_texts)}
-    prompts = []
-    for lora in loras:
-        card = lora.adapter.card
-        words = [word for word in (card.concept, *card.synonyms) if word]
-        own = concept_texts or concept_prompts(card.concept, lora.concept_prompt, card.synonyms)
-        unrelated = [encoded for text, encoded in others.items() if not names_a_word(text, words)]
-        prompts.append(CalibrationPrompts(lora.concept, [encode(text) for text in own], unrelated, lora.name))
-    found = calibrate(model, loras, prompts, others[""], latent, settings, watch)
+    encode = cache(encoder(clip))
+    prompts = [_encoded_prompts(encode, lora, concept_texts, other_texts) for lora in loras]
+    found = calibrate(model, loras, prompts, encode(""), latent, settings, watch)
     return [with_calibration(lora, calibration) for lora, calibration in zip(loras, found, strict=True)]
+
+
+def calibrate_text(
+    model: Any,
+    clip: Any,
+    lora: ErasureLora,
+    concept_texts: Sequence[str] = (),
+    other_texts: Sequence[str] = OTHER_PROMPTS,
+) -> ErasureLora:
+    """Return an erasure LoRA with its text stage calibrated for this model, without a model evaluation.
+
+    What its calibration says of noise levels is kept if it is for this model and adapter. Where a layer reads more than
+    text there is no text stage, and the erasure LoRA is returned as it is.
+
+    Args:
+        model: a `ModelPatcher`, with the patches that it will be sampled with.
+        clip: the checkpoint's text encoder.
+        concept_texts, other_texts: as of `calibrate_from_texts`.
+    Raises: ValueError for fewer than two prompts without the concept, or an adapter that does not change its concept's.
+    """
+    if not reads_text_alone(match(lora.adapter, model.model, lora.name).layers):
+        return lora
+    prompts = _encoded_prompts(encoder(clip), lora, concept_texts, other_texts)
+    return with_text_calibration(model, lora, prompts)
+
+
+def with_text_calibration(model: Any, lora: ErasureLora, prompts: CalibrationPrompts[Conditioning]) -> ErasureLora:
+    """As `calibrate_text`, with encoded prompts."""
+    key, signature = model_key(bare(model)), lora.adapter.signature
+    text = text_calibration(model, match(lora.adapter, model.model, lora.name).layers, prompts)
+    if text is None:
+        return lora
+    known = Calibration.from_card(lora.adapter.card.calibration)
+    if known is None or known.adapter != signature or not matches_model(known.model, bare(model), key):
+        known = Calibration(key, signature)
+    return with_calibration(lora, replace(known, text=text))
+
+
+def _encoded_prompts(
+    encode: Callable[[str], Conditioning], lora: ErasureLora, concept_texts: Sequence[str], other_texts: Sequence[str]
+) -> CalibrationPrompts[Conditioning]:
+    """The prompts of one erasure LoRA's calibration."""
+    card = lora.adapter.card
+    words = [word for word in (card.concept, *card.synonyms) if word]
+    own = concept_texts or concept_prompts(card.concept, lora.concept_prompt, card.synonyms)
+    unrelated = [text for text in dict.fromkeys(("", *other_texts)) if not names_a_word(text, words)]
+    concept = encode(lora.concept_prompt) if lora.concept is None else lora.concept
+    return CalibrationPrompts(concept, list(map(encode, own)), list(map(encode, unrelated)), lora.name)
 
 
 def with_calibration(lora: ErasureLora, calibration: Calibration) -> ErasureLora:

@@ -60,6 +60,7 @@ class _Probe:
     ):
         self.predictions, self.index, self.lora, self.settings = predictions, index, lora, settings
         self.entries = predictions.context.prompt
+        self.adapters = len(predictions.context.run.loras)
         self.neutral = settings.neutral if settings.neutral is not None else lora.neutral
         self.calibrated = read_calibration(predictions, lora)
         self.deciding, self.reason = self._choose()
@@ -104,7 +105,9 @@ class _Probe:
     def _best(self) -> str:
         """The best statistic that inputs and calibration allow; the paper's where they allow no other."""
         influence, alignment = self.calibrated.influence, self.calibrated.alignment
-        calibrated = influence is not None and tells_apart(influence, alignment, self.settings.false_positive_rate)
+        calibrated = influence is not None and tells_apart(
+            influence, alignment, self.settings.false_positive_rate, self.adapters
+        )
         order = (*(("influence",) if calibrated else ()), "alignment", "influence", "paper")
         return next((name for name in order if self._missing(name) is None), "paper")
 
@@ -183,7 +186,9 @@ class _Probe:
         if self.settings.threshold is not None:
             return self.settings.threshold
         level = self.calibrated.influence if name == "influence" else None
-        return UNCALIBRATED[name] if level is None else level.threshold(self.settings.false_positive_rate)
+        return (
+            UNCALIBRATED[name] if level is None else level.threshold(self.settings.false_positive_rate, self.adapters)
+        )
 
     def _references(self) -> tuple[Conditioning, Conditioning]:
         """The concept's own prompt and the neutral one, which `_missing` has found to be there."""

@@ -156,6 +156,7 @@ def _erasure(verdict: Verdict) -> dict[str, Any]:
         "detected": None if decision is None else decision.detected,
         "weight": min(verdict.weights),
         "strength": verdict.lora.strength,
+        "stage": None if decision is None else decision.stage,
         "step": None if decision is None or decision.step is None else decision.step + 1,
         "sigma": None if decision is None or decision.sigma is None else round(decision.sigma, 5),
         "reason": "" if decision is None else decision.reason,

@@ -23,6 +23,7 @@ from ...unguide_core.training.prompts import (
     TrainingPrompts,
     calibration_prompts,
     prompts_for,
+    text_calibration_prompts,
 )
 from ...unguide_core.training.recipe import Recipe
 from ..lora.load import Conditioning, ErasureLora, encode_prompts
@@ -144,7 +145,9 @@ def train_concept(
     job = Job(recipe, prompts, conditionings, card, **options)
     say("Loading the model")
     trained = train(model, job, latent, TrainingDisplay(model), Counter("Generating", "latents to train at"))
-    own, others = ([], []) if clip is None else calibration_prompts(texts, concept.words)
+    asked = [
+        ([], []) if clip is None else of(texts, concept.words) for of in (calibration_prompts, text_calibration_prompts)
+    ]
     lora = ErasureLora(
         name=card.concept or "trained here",
         adapter=Adapter(dict(trained.training.layers)),
@@ -152,7 +155,7 @@ def train_concept(
         concept=conditionings[prompts.erased[0].target],
         neutral=conditionings[prompts.neutral],
     )
-    calibrated = partial(_calibrate, model, lora, clip, own, others, latent)
+    calibrated = partial(_calibrate, model, lora, clip, asked, latent)
     cancelled = comfy.model_management.InterruptProcessingException
     interrupted = () if job.on_cancel == DISCARD else (cancelled,)
     adapter = finish(trained.training, trained.card, calibrated, interrupted=interrupted, log=log.warning)
@@ -166,21 +169,27 @@ def _calibrate(
     model: Any,
     lora: ErasureLora,
     clip: Any,
-    own: Sequence[str],
-    others: Sequence[str],
+    asked: Sequence[tuple[Sequence[str], Sequence[str]]],
     latent: torch.Tensor,
     adapter: Adapter,
 ) -> Calibration:
-    """The calibration of a trained adapter, on few noise seeds."""
+    """The calibration of a trained adapter: on few prompts and noise seeds, and of its text stage on all prompts.
+
+    Args:
+        asked: prompts with the concept and without it, for evaluations and for the text stage.
+    """
+    (_, others), _ = asked
     if len(others) < MINIMUM_OTHERS:
         raise ValueError(f"there are {len(others)} prompts without the concept; expected at least {MINIMUM_OTHERS}")
-    encoded = encode_prompts(clip, (*own, *others))
+    texts = (text for groups in asked for group in groups for text in group)
+    encoded = encode_prompts(clip, tuple(dict.fromkeys(texts)))
     assert lora.concept is not None
     assert lora.neutral is not None
-    prompts = CalibrationPrompts(
-        lora.concept, [encoded[text] for text in own], [encoded[text] for text in others], lora.name
+    prompts, text_prompts = (
+        CalibrationPrompts(lora.concept, *([encoded[text] for text in group] for group in groups), lora.name)
+        for groups in asked
     )
     settings = CalibrationSettings(PREVIEW_CFG, repeats=1, own_repeats=8)
-    counter = Counter("Calibrating the gate,", "prompts")
-    (found,) = calibrate(model, [replace(lora, adapter=adapter)], [prompts], lora.neutral, latent, settings, counter)
+    trained, counter = [replace(lora, adapter=adapter)], Counter("Calibrating the gate,", "prompts")
+    (found,) = calibrate(model, trained, [prompts], lora.neutral, latent, settings, counter, [text_prompts])
     return found

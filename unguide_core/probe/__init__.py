@@ -1,7 +1,9 @@
 """The stability probe: is the erased concept in this prompt?
 
+text.py          what the adapter does to the prompt's text states, before any prediction
 statistics.py    what the predictions say: influence, alignment, the paper's statistic
 decision.py      the decision that follows
+spread.py        how scores are distributed, and thresholds for error rates
 calibration.py   the thresholds of one adapter, measured
 """
 
@@ -9,6 +11,7 @@ from .decision import Decision, decide, decide_by
 from .statistics import (
     AUTOMATIC,
     STATISTICS,
+    TEXT_STATISTICS,
     Statistic,
     alignment,
     alignment_statistic,
@@ -21,6 +24,7 @@ from .statistics import (
 __all__ = [
     "AUTOMATIC",
     "STATISTICS",
+    "TEXT_STATISTICS",
     "Decision",
     "Statistic",
     "alignment",

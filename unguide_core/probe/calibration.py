@@ -1,22 +1,25 @@
 """Calibration: how the scores of an erasure adapter spread over prompts and seeds, and the thresholds that follow.
 
 At several noise levels it holds the adapter's influence on its concept's own prompt (the baseline for the influence on
-other prompts) and the spread of the scores of prompts with and without the concept. It is stored in the adapter's card.
-Does not know how a model predicts: `calibrated_levels` is given a function that probes one.
+other prompts) and the spread of the scores of prompts with and without the concept; and the text stage's part, which
+takes no model (text.py). It is stored in the adapter's card. Does not know how a model predicts: `calibrated_levels` is
+given a function that probes one.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from statistics import NormalDist
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-VERSION = 3
+from .spread import Spread, mixed, threshold
+from .text import TextCalibration
+
+VERSION = 4
 
 STEPS, PROBED_STEPS = 20, (0, 1, 2, 4, 6)
 """The number of steps of the schedule that prompts are denoised on, and the steps before which they are probed."""
@@ -27,9 +30,6 @@ CALIBRATED = ("influence", "alignment")
 MINIMUM_OTHERS = 8
 """The least number of prompts without the concept for a training to calibrate: with fewer, false-positive rates mean
 nothing."""
-
-TAIL_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-"""False-positive and false-negative rates whose thresholds are stored; those in between are interpolated."""
 
 SIGMA_MARGIN = 1.05
 """Up to this factor outside the calibrated noise levels, the nearest one's values are used."""
@@ -59,52 +59,6 @@ class CalibrationPrompts(Generic[P]):
     concept: Sequence[P]
     others: Sequence[P]
     name: str = ""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The distribution of the scores of a group of prompts, over prompts and noise seeds.
-
-    tail: quantiles of the scores, one for each of `TAIL_RATES`: the fraction of the scores that is above (prompts
-        without the concept) or below (prompts with it).
-    """
-
-    mean: float
-    std: float
-    count: int
-    tail: tuple[float, ...]
-
-    @staticmethod
-    def of(scores: Sequence[float], *, upper: bool) -> "Spread":
-        """Return the spread of some scores, with the upper tail (prompts without the concept) or the lower one.
-
-        Raises: ValueError for fewer than two scores, or one that is not finite.
-        """
-        values = torch.tensor(list(scores), dtype=torch.float64)
-        if len(values) < 2 or not bool(values.isfinite().all()):
-            raise ValueError(f"cannot calibrate with the scores {list(scores)}; expected two or more finite numbers")
-        rates = torch.tensor([1.0 - rate if upper else rate for rate in TAIL_RATES], dtype=torch.float64)
-        tail = tuple(round(float(value), 4) for value in values.quantile(rates))
-        return Spread(round(float(values.mean()), 4), round(float(values.std()), 4), len(values), tail)
-
-    def beyond(self, rate: float) -> float:
-        """Return the score that a fraction of the scores lies beyond, interpolated in the logarithm of the fraction."""
-        return _interpolated([math.log(r) for r in TAIL_RATES], self.tail, math.log(rate))
-
-    def share_below(self, score: float) -> float:
-        """Return the fraction of the scores that lies below one, for a lower tail.
-
-        The inverse of `beyond`; above the last of `TAIL_RATES` it is a normal distribution's.
-        """
-        if score <= self.tail[-1]:
-            return math.exp(_interpolated(self.tail, [math.log(r) for r in TAIL_RATES], score))
-        return max(TAIL_RATES[-1], NormalDist(self.mean, self.std).cdf(score) if self.std else 1.0)
-
-    def mixed(self, other: "Spread", part: float) -> "Spread":
-        """Return the spread at a fraction of the way to another one."""
-        tail = tuple(_mixed(a, b, part) for a, b in zip(self.tail, other.tail, strict=True))
-        mean, std = _mixed(self.mean, other.mean, part), _mixed(self.std, other.std, part)
-        return Spread(mean, std, min(self.count, other.count), tail)
 
 
 @dataclass(frozen=True)
@@ -148,16 +102,9 @@ class Level:
             Spread.of([value / baseline for value in others], upper=True),
         )
 
-    def threshold(self, false_positive_rate: float) -> float:
-        """Return the score from which on the concept is detected.
-
-        It is exceeded by this fraction of the prompts without the concept. If the fraction of the prompts with the
-        concept below it is smaller than that, the threshold is raised to the geometric mean of the two bounds, so that
-        both error rates stay below the one asked for.
-        """
-        low = max(self.others.beyond(false_positive_rate), 1e-3)
-        high = self.concept.beyond(false_positive_rate)
-        return math.sqrt(low * high) if high > low else low
+    def threshold(self, false_positive_rate: float, adapters: int = 1) -> float:
+        """Return the score from which on the concept is detected, see `spread.threshold`."""
+        return threshold(self.concept, self.others, false_positive_rate, adapters)
 
 
 @dataclass(frozen=True)
@@ -168,15 +115,17 @@ class Calibration:
     latent: shape of one sample.
     cfg: guidance scale of the trajectories, None if there was no guidance.
     repeats: noise seeds of the baselines.
-    levels: by statistic, by falling noise level.
+    levels: by statistic, by falling noise level; none where only the text stage is calibrated.
+    text: of the text stage; None where the adapter's layers read more than text.
     """
 
     model: str
     adapter: str
-    latent: tuple[int, ...]
-    cfg: float | None
-    repeats: int
-    levels: Mapping[str, tuple[Level, ...]]
+    latent: tuple[int, ...] = ()
+    cfg: float | None = None
+    repeats: int = 0
+    levels: Mapping[str, tuple[Level, ...]] = field(default_factory=dict)
+    text: TextCalibration | None = None
 
     def at(self, statistic: str, sigma: float) -> Level | None:
         """Return a statistic's values at a noise level, interpolated in its logarithm.
@@ -191,8 +140,8 @@ class Calibration:
                 part = math.log(sigma / low.sigma) / math.log(high.sigma / low.sigma)
                 return Level(
                     sigma,
-                    _mixed(low.baseline, high.baseline, part),
-                    _mixed(low.baseline_std, high.baseline_std, part),
+                    mixed(low.baseline, high.baseline, part),
+                    mixed(low.baseline_std, high.baseline_std, part),
                     low.concept.mixed(high.concept, part),
                     low.others.mixed(high.others, part),
                 )
@@ -212,7 +161,7 @@ class Calibration:
             return None
         try:
             levels = {name: tuple(map(_level, found)) for name, found in content["levels"].items()}
-            cfg = content["cfg"]
+            cfg, text = content["cfg"], content["text"]
             return Calibration(
                 str(content["model"]),
                 str(content["adapter"]),
@@ -220,12 +169,13 @@ class Calibration:
                 None if cfg is None else float(cfg),
                 int(content["repeats"]),
                 levels,
+                None if text is None else TextCalibration.from_card(text),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the card's calibration is damaged ({error!r}); calibrate the adapter anew") from error
 
 
-def tells_apart(influence: Level, alignment: Level | None, false_positive_rate: float) -> bool:
+def tells_apart(influence: Level, alignment: Level | None, false_positive_rate: float, adapters: int = 1) -> bool:
     """Return whether influence should decide at this noise level, rather than alignment.
 
     It should if it misses at most as many prompts with the concept as false positives are accepted, or fewer than
@@ -233,8 +183,9 @@ def tells_apart(influence: Level, alignment: Level | None, false_positive_rate: 
 
     Args:
         influence, alignment: at one noise level; None if alignment was not calibrated there.
+        adapters: on the model.
     """
-    missed = influence.concept.share_below(influence.threshold(false_positive_rate))
+    missed = influence.concept.share_below(influence.threshold(false_positive_rate, adapters))
     if missed <= false_positive_rate:
         return True
     return alignment is not None and missed < alignment.concept.share_below(UNCALIBRATED["alignment"])
@@ -311,25 +262,4 @@ def _asked(prompts: Sequence[CalibrationPrompts[P]], minimum_others: int) -> dic
 
 def _level(content: Mapping[str, Any]) -> Level:
     sigma, baseline, std = (float(content[name]) for name in ("sigma", "baseline", "baseline_std"))
-    return Level(sigma, baseline, std, _spread(content["concept"]), _spread(content["others"]))
-
-
-def _spread(content: Mapping[str, Any]) -> Spread:
-    tail = tuple(float(value) for value in content["tail"])
-    if len(tail) != len(TAIL_RATES):
-        raise ValueError(f"a tail has {len(tail)} values; expected {len(TAIL_RATES)}")
-    return Spread(float(content["mean"]), float(content["std"]), int(content["count"]), tail)
-
-
-def _mixed(low: float, high: float, part: float) -> float:
-    return low + part * (high - low)
-
-
-def _interpolated(at: Sequence[float], values: Sequence[float], where: float) -> float:
-    """Linear interpolation between known values, clamped to the first and the last; `at` rises."""
-    if where <= at[0]:
-        return values[0]
-    for (low, below), (high, above) in pairwise(zip(at, values, strict=True)):
-        if where <= high:
-            return _mixed(below, above, (where - low) / (high - low))
-    return values[-1]
+    return Level(sigma, baseline, std, Spread.from_card(content["concept"]), Spread.from_card(content["others"]))

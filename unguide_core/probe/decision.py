@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 
-from .statistics import Statistic, Values, paper_statistic
+from .statistics import TEXT_STATISTICS, Statistic, Values, paper_statistic
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Decision:
         return self.statistics[0].detected
 
     @property
+    def stage(self) -> str:
+        """The stage of the gate that decided: "text" or "trajectory"."""
+        return "text" if self.statistics[0].name in TEXT_STATISTICS else "trajectory"
+
+    @property
     def statistic(self) -> str:
         """The name of the statistic that decided."""
         return self.statistics[0].name
@@ -66,6 +71,7 @@ class Decision:
         content = {
             "detected": deciding.detected,
             "weight": self.weight,
+            "stage": self.stage,
             "statistic": deciding.name,
             "score": deciding.score,
             "threshold": deciding.threshold,

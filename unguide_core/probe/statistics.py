@@ -4,7 +4,8 @@
     alignment   how far the prompt pulls the base model's prediction in the direction of the concept's own prompt
     paper       how strongly the adapter acts on the prompt, relative to a neutral prompt (arXiv 2508.05755)
 
-Takes predictions and returns numbers. Does not know the model, the sampler, the noise level or the seeds.
+The statistics of text states are in text.py. Takes predictions and returns numbers. Does not know the model, the
+sampler, the noise level or the seeds.
 """
 
 import math
@@ -17,6 +18,9 @@ from torch.linalg import vector_norm
 from torch.nn.functional import avg_pool2d
 
 STATISTICS = ("influence", "alignment", "paper")
+"""The statistics of predictions."""
+TEXT_STATISTICS = ("text", "text norm")
+"""The statistics of text states, see text.py."""
 AUTOMATIC = "automatic"
 """In place of a statistic's name: the best one that the inputs and the calibration allow."""
 
@@ -109,7 +113,7 @@ def _require_same_shape(**predictions: Tensor) -> None:
 class Statistic:
     """One statistic of a probe with its threshold.
 
-    name: one of `STATISTICS`.
+    name: one of `STATISTICS` or `TEXT_STATISTICS`.
     score: alignment: the mean of `prompt`. influence: the mean of `prompt` / the mean of `concept`. paper: the mean of
         `prompt` / the mean of `neutral`; where the latter is 0, 1 if both are 0 and otherwise the largest float (JSON
         has no infinity).
@@ -117,6 +121,7 @@ class Statistic:
     prompt: alignments or influences of the prompt, one per repeat.
     neutral, concept: influences that the score is relative to, one per repeat or a single one from a calibration;
         empty where unused.
+    lower: scores below it clear the prompt of the concept; None where only a detection decides, or every score does.
     """
 
     name: str
@@ -126,13 +131,20 @@ class Statistic:
     prompt: tuple[float, ...]
     neutral: tuple[float, ...] = ()
     concept: tuple[float, ...] = ()
+    lower: float | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in STATISTICS:
-            raise ValueError(f"unknown statistic '{self.name}'; expected one of {', '.join(STATISTICS)}")
+        names = (*STATISTICS, *TEXT_STATISTICS)
+        if self.name not in names:
+            raise ValueError(f"unknown statistic '{self.name}'; expected one of {', '.join(names)}")
         for field in ("score", "threshold"):
             if not math.isfinite(getattr(self, field)):
                 raise ValueError(f"the {field} of '{self.name}' is {getattr(self, field)}; expected a finite number")
+
+    @property
+    def cleared(self) -> bool:
+        """Whether the score says by itself that the prompt does not carry the concept."""
+        return self.lower is not None and self.score < self.lower
 
 
 def paper_statistic(prompt: Values, neutral: Values) -> Statistic:

@@ -140,11 +140,25 @@ def calibration_prompts(prompts: TrainingPrompts | None, words: Sequence[str]) -
         prompts: all that can be erased and kept for the words; None if encoded prompts were given instead of texts.
         words: for the concept. Without any, no prompt is known to be without the concept.
     """
-    own = [pair.target for pair in prompts.erased[1:]] if prompts else []
-    kept = list(dict.fromkeys(prompts.kept)) if prompts else []
-    unseen = [prompt for prompt in OTHER_PROMPTS if words and not names_a_word(prompt, words) and prompt not in kept]
+    own, kept, unseen = _calibrating(prompts, words)
     half = CALIBRATED_OTHERS // 2
     return _evenly(own, CALIBRATED_OWN), [*_evenly(kept, half), *_evenly(unseen, half)]
+
+
+def text_calibration_prompts(prompts: TrainingPrompts | None, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the same without a limit, for the text stage: it needs no model, so every prompt counts.
+
+    Args and returns as `calibration_prompts`.
+    """
+    own, kept, unseen = _calibrating(prompts, words)
+    return own, [*kept, *unseen]
+
+
+def _calibrating(prompts: TrainingPrompts | None, words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """All prompts with the concept but its own, all that were kept, and others that were not used in training."""
+    own = [pair.target for pair in prompts.erased[1:]] if prompts else []
+    kept = list(dict.fromkeys(prompts.kept)) if prompts else []
+    return own, kept, [p for p in OTHER_PROMPTS if words and not names_a_word(p, words) and p not in kept]
 
 
 def _evenly(prompts: Sequence[str], most: int) -> list[str]:
