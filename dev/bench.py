@@ -16,9 +16,9 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ class Bench:
 
         self.loras = [load(f"unguide-demo/selective/{concept}.safetensors", 1.0, self.clip) for concept in CLASSES]
         self.cat = self.loras[CLASSES.index("cat")]
+        self.hundred = [copied(lora) for lora in self.loras for _ in range(10)]
         self.encoded: dict[str, Any] = {}
 
     def encode(self, prompt: str) -> Any:
@@ -129,7 +130,7 @@ class Bench:
         )
         return out["samples"]
 
-    def guided(self, ten: bool = False, weight: float = 0.0, **chosen: Any) -> Any:
+    def guided(self, loras: Sequence[Any], weight: float = 0.0, **chosen: Any) -> Any:
         shared = {"on_detection": "continue", "low_memory": True}
         settings = pack_module("unguide_comfy.probe.settings").Settings(
             probe_steps=self.probe_steps,
@@ -137,7 +138,7 @@ class Bench:
             weight_detected=weight,
             **{**shared, **chosen},
         )
-        return pack_module("unguide_comfy.gate.attach").guided(self.model, self.loras if ten else [self.cat], settings)
+        return pack_module("unguide_comfy.gate.attach").guided(self.model, loras, settings)
 
     def merged(self, model: Any) -> Any:
         import comfy.sd
@@ -204,13 +205,19 @@ class Bench:
     def cases(self) -> dict[str, Case]:
         """Return what is measured, by name."""
 
-        def gated(prompt: str, **options: Any) -> Case:
+        cat, ten = [without_text(self.cat)], list(map(without_text, self.loras))
+
+        def gated(prompt: str, loras: Sequence[Any] = cat, **options: Any) -> Case:
             def sample(side: int, batch: int) -> Any:
-                return self.sample(self.guided(**options), prompt, side, batch)
+                return self.sample(self.guided(loras, **options), prompt, side, batch)
 
             return prompt, sample
 
         return {
+            "text_not_detected": gated(UNRELATED, [self.cat]),
+            "text_detected": gated(CONCEPT, [self.cat]),
+            "text_ten_adapters_not_detected": gated(UNRELATED, self.loras),
+            "text_hundred_adapters_not_detected": gated(UNRELATED, self.hundred),
             "not_detected": gated(UNRELATED),
             "detected_continue": gated(CONCEPT),
             "detected_restart": gated(CONCEPT, on_detection="restart"),
@@ -219,10 +226,22 @@ class Bench:
             "detected_restart_both": gated(CONCEPT, weight=BOTH, on_detection="restart"),
             "before_sampling": gated(UNRELATED, decide="before sampling"),
             "as_the_paper": gated(UNRELATED, decide="as the paper"),
-            "ten_adapters_not_detected": gated(UNRELATED, ten=True),
+            "ten_adapters_not_detected": gated(UNRELATED, ten),
+            "ten_adapters_not_detected_batched": gated(UNRELATED, ten, low_memory=False),
             "clones": (CONCEPT, self.clones),
             "hooks": (CONCEPT, self.hooks),
         }
+
+
+def without_text(lora: Any) -> Any:
+    """An erasure LoRA whose text stage is not calibrated, so that its trajectory stage decides."""
+    card = replace(lora.adapter.card, calibration={**lora.adapter.card.calibration, "text": None})
+    return replace(lora, adapter=replace(lora.adapter, card=card))
+
+
+def copied(lora: Any) -> Any:
+    """An erasure LoRA of its own, with the same contents."""
+    return replace(lora, adapter=replace(lora.adapter))
 
 
 def measured(bench: Bench, prompt: str, sample: Sample, side: int, batch: int, times: int) -> Result:
