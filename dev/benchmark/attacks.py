@@ -18,6 +18,8 @@ from demo.erasure import REFERENCES, photo
 from dev.benchmark.studio import SCHEDULER, Studio
 
 EMBEDDING_STEPS, EMBEDDING_BATCH, EMBEDDING_RATE = 150, 8, 0.02
+EVASION = 1.0
+"""Weight of the text stage's scores above their lower thresholds in the loss of text that evades it."""
 DENOISE = (0.5, 0.75)
 INVERSION_STEPS = 24
 
@@ -48,6 +50,8 @@ def attacks(studio: Studio, concept: str, latents: Any) -> Iterator[tuple[str, l
     yield "word optimised on base", [Trial("a photo of the *", optimised(concept, latents))]
     lora = studio.lora("selective", concept)
     yield "text optimised on the LoRA", [Trial("(text states)", optimised(concept, latents, lora))]
+    evading = optimised(concept, latents, lora, evading=True)
+    yield "text optimised on the LoRA and the text stage", [Trial("(text states)", evading)]
     reference = photo(REFERENCES[concept])
     yield (
         "img2img, another prompt",
@@ -86,12 +90,13 @@ def hidden(concept: str) -> dict[str, list[str]]:
     }
 
 
-def optimised(concept: str, latents: Any, lora: Any = None) -> Any:
+def optimised(concept: str, latents: Any, lora: Any = None, evading: bool = False) -> Any:
     """Return a CONDITIONING learnt from images of the concept.
 
     Args:
         lora: learn all text states on the model with this erasure LoRA, starting from the concept's own prompt's; None
             learns the embedding of one word on the base model, starting from the mean of all words.
+        evading: learn to stay below the lower thresholds of the LoRA's text stage as well, of its score and its norm.
     """
     import torch
     from torch.nn.functional import linear, mse_loss
@@ -111,6 +116,7 @@ def optimised(concept: str, latents: Any, lora: Any = None) -> Any:
         def states() -> Any:
             return learnt if lora is not None else _with_word(narrow.text, tokens, place, learnt)
 
+        excess = _excess(narrow, lora, layers) if evading else None
         optimiser = torch.optim.Adam([learnt], lr=EMBEDDING_RATE)
         generator = torch.Generator().manual_seed(0)
         rows = torch.zeros(EMBEDDING_BATCH, dtype=torch.long)
@@ -125,6 +131,8 @@ def optimised(concept: str, latents: Any, lora: Any = None) -> Any:
             levels, noise = sigma.view(-1, 1, 1, 1), torch.randn(images[chosen].shape, generator=generator)
             noisy = (images[chosen] + levels * noise) / (1.0 + levels.square()).sqrt()
             loss = mse_loss(narrow.eps(noisy, timestep_of(sigma), table, rows), noise)
+            if excess is not None:
+                loss = loss + EVASION * excess(text)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -157,6 +165,25 @@ def _narrow() -> Any:
     from demo.narrow import load_narrow
 
     return load_narrow(Path(os.environ["UNGUIDE_COMFYUI"]) / "comfy" / "sd1_tokenizer")
+
+
+def _excess(narrow: Any, lora: Any, layers: dict[str, Any]) -> Any:
+    """A function of text states: how far they exceed the lower thresholds of an erasure LoRA's text stage, squared."""
+    from unguide_core.probe.calibration import Calibration
+    from unguide_core.probe.text import text_map, text_norms, text_scores
+
+    whole: Any = Calibration.from_card(lora.adapter.card.calibration)
+    calibration = whole.text
+    (lower, _), norms = calibration.text.thresholds(0.01), calibration.text_norm.thresholds(0.01)
+    seen = text_map(list(layers.values()), [float(narrow.layers[name].weight.norm()) for name in layers])
+
+    def excess(text: Any) -> Any:
+        above = (text_scores(text, calibration.vector) - lower).relu().square()
+        if norms is not None:
+            above = above + (text_norms(text, seen) / calibration.norm - norms[0]).relu().square()
+        return above.sum()
+
+    return excess
 
 
 def _by_module(lora: Any) -> dict[str, Any]:

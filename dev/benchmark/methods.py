@@ -32,6 +32,7 @@ def alone(kind: str, strength: float) -> str:
 
 RESTARTED = gated("selective", change="restart")
 STRONGER = gated("paper", change="weight -1")
+DOUBLED = gated("paper", change="strength 2")
 
 
 def methods() -> dict[str, Method]:
@@ -41,6 +42,7 @@ def methods() -> dict[str, Method]:
         every |= {alone(kind, strength): _alone(kind, strength) for strength in STRENGTHS}
         every |= {gated(kind, decide): _gated(kind, decide=decide) for decide in reversed(DECIDE)}
     every[RESTARTED] = _gated("selective", on_detection="restart")
+    every[DOUBLED] = _gated("paper", 2.0)
     return every | {STRONGER: _gated("paper", weight_detected=-1.0)}
 
 
@@ -65,7 +67,9 @@ def generate_replaced(studio: Studio, concept: str, prompt: str, seeds: Sequence
     prompts = {False: positive, True: studio.encode(photo(REFERENCES[concept]))}
     parts = {detected: studio.generate(studio.model, prompts[detected], seeds) for detected in set(probe.detected)}
     latents = torch.stack([parts[detected].latents[i] for i, detected in enumerate(probe.detected)])
-    evaluations = 2.0 * STEPS + 1 + 2 * PROBE_STEPS * sum(probe.detected) / len(seeds)
+    by_text = probe.evaluations <= 2 * (PROBE_STEPS + 1)  # then there is no probe, and no step is lost
+    lost = 0.0 if by_text else 1 + 2 * PROBE_STEPS * sum(probe.detected) / len(seeds)
+    evaluations = 2.0 * STEPS + lost
     return replace(probe, latents=latents, evaluations=evaluations)
 
 
@@ -82,9 +86,9 @@ def _alone(kind: str, strength: float) -> Method:
     return generate
 
 
-def _gated(kind: str, **settings: Any) -> Method:
+def _gated(kind: str, strength: float = 1.0, **settings: Any) -> Method:
     def generate(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Generated:
         chosen = gate(studio, **settings)
-        return studio.guided(studio.lora(kind, concept), studio.encode(prompt), seeds, chosen)
+        return studio.guided(studio.lora(kind, concept, strength), studio.encode(prompt), seeds, chosen)
 
     return generate
