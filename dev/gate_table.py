@@ -3,6 +3,8 @@
 For each of the demo's ten erasure LoRAs, the concept's name, its synonyms and the concept in scenes should be detected;
 the nine other classes, their synonyms, the scenes and the empty prompt should not. All ten adapters are on the model at
 once, decide during sampling, and decide each image of a batch separately. Run by `python3 dev gate`.
+
+The set `preset` is trained first, by the node with its defaults.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dev.gate_diagram import draw
 from dev.narrow_host import load_narrow_model, narrow_lora
 from dev.pack import pack_module, start_host
 
 CHECKPOINT, CFG, STEPS = "unguide-demo.safetensors", 4.0, 30
 AUTOMATIC = "automatic"
-STATISTICS = ("influence", "alignment", "paper")
+STATISTICS = ("text", "influence", "alignment", "paper")
+SETS = ("selective", "preset", "paper")
+FIELDS = {"selective": "shipped"}
+"""The names of sets in the JSON file, where they differ."""
 PRODUCT = "the gate"
 KINDS = ("name", "synonym", "in a scene", "other class", "other synonym", "scene", "empty")
 WITH_THE_CONCEPT = KINDS[:3]
@@ -36,6 +42,8 @@ class Score:
     Args:
         score: relative to what the value is compared with.
         value: the raw value.
+        stage: which stage of the gate decided; "" for a single statistic.
+        image: the number of the prompt's image.
     """
 
     concept: str
@@ -45,11 +53,18 @@ class Score:
     score: float
     detected: bool
     value: float = 0.0
+    stage: str = ""
+    image: int = 0
 
 
 def with_the_papers_rule(scores: list[Score]) -> list[Score]:
-    """Return the scores and the paper's statistic: each influence relative to the empty prompt's mean over images."""
+    """Return the scores and the paper's statistic: each influence relative to the empty prompt's mean over images.
+
+    Only where influence was measured for every prompt: by a gate that no text stage precedes.
+    """
     influences = [score for score in scores if score.statistic == "influence"]
+    if any(score.stage == "text" for score in scores):
+        return scores
     every = list(scores)
     for concept in {score.concept for score in influences}:
         own = [score for score in influences if score.concept == concept]
@@ -62,13 +77,21 @@ def with_the_papers_rule(scores: list[Score]) -> list[Score]:
 
 
 class Demo:
-    """The demo model at its narrow width (`dev.narrow_host`) with its ten erasure LoRAs."""
+    """The demo model at its narrow width (`dev.narrow_host`) with ten erasure LoRAs.
 
-    def __init__(self, kind: str):
+    Args:
+        kind: of `SETS`.
+        seed: of the training of `preset`.
+    """
+
+    def __init__(self, kind: str, seed: int = 0):
         import nodes
         from demo.captions import CLASSES
 
         self.nodes: Any = nodes
+        if kind == "preset":
+            self.model, self.clip, self.loras = trained(seed)
+            return
         load = pack_module("unguide_comfy.lora.load").load_erasure_lora
         _, self.clip, _ = self.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
         self.model = load_narrow_model()
@@ -99,6 +122,19 @@ class Demo:
             last_step=steps,
         )
         return out["samples"]
+
+
+def trained(seed: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the model, its CLIP and the erasure LoRAs that the node trains on it, by concept."""
+    from demo.captions import CLASSES, SYNONYMS
+    from demo.erasure import REFERENCES
+    from dev.training_table import InTheGraph
+
+    way, loras = InTheGraph(seed), {}
+    for number, concept in enumerate(CLASSES, start=1):
+        sys.stderr.write(f"\rtraining {number} of {len(CLASSES)} ")
+        loras[concept] = way.lora(concept, REFERENCES[concept], SYNONYMS[concept])
+    return way.model, way.clip, loras
 
 
 def prompts() -> dict[str, dict[str, str]]:
@@ -132,10 +168,13 @@ def decisions(demo: Demo, images: int, seed: int, settings: Any) -> Iterator[Sco
     for number, (prompt, kinds) in enumerate(asked.items(), start=1):
         demo.sample(model, prompt, images, seed, settings.probe_steps + 2)
         for concept, verdict in zip(demo.loras, runs.pop(), strict=True):
-            for decision in verdict.decisions if concept in kinds else ():
-                yield Score(concept, prompt, kinds[concept], PRODUCT, decision.score, decision.detected)
+            for image, decision in enumerate(verdict.decisions if concept in kinds else ()):
+                about = Score(concept, prompt, kinds[concept], PRODUCT, decision.score, decision.detected, image=image)
+                yield replace(about, stage=decision.stage)
                 for one in decision.statistics:
-                    yield Score(concept, prompt, kinds[concept], one.name, one.score, one.detected, one.prompt[0])
+                    yield replace(
+                        about, statistic=one.name, score=one.score, detected=one.detected, value=one.prompt[0]
+                    )
         left = (time.perf_counter() - started) * (len(asked) / number - 1)
         sys.stderr.write(f"\rprompt {number} of {len(asked)}, {left:.0f} s left ")
     sys.stderr.write("\n")
@@ -168,6 +207,54 @@ def table(scores: list[Score]) -> str:
     return "\n".join(lines)
 
 
+def figures(scores: list[Score]) -> dict[str, float]:
+    """Return what the gate did, in shares.
+
+    unrelated_without_evaluation: decisions on unrelated images by a stage without model evaluations.
+    mean_cost_unrelated: model evaluations of an unrelated image with one adapter on the model, relative to plain
+        sampling's, by the stage that decides: a probe is one of 2 * STEPS.
+    recall_words, recall_scenes: detected by name or synonym, and in scenes.
+    false_positives: by one adapter.
+    joint_false_positives: images in which any of the ten detects a concept that is not there.
+    """
+    rows = [score for score in scores if score.statistic == PRODUCT]
+    without = [score for score in rows if score.kind not in WITH_THE_CONCEPT]
+    images: dict[tuple[str, int], bool] = {}
+    for score in without:
+        key = score.prompt, score.image
+        images[key] = images.get(key, False) or score.detected
+    free = _mean([score.stage == "text" for score in without])
+    return {
+        "unrelated_without_evaluation": free,
+        "mean_cost_unrelated": 1.0 + (1.0 - free) / (2 * STEPS),
+        "recall_words": _mean([score.detected for score in rows if score.kind in ("name", "synonym")]),
+        "recall_scenes": _mean([score.detected for score in rows if score.kind == "in a scene"]),
+        "false_positives": _mean([score.detected for score in without]),
+        "joint_false_positives": _mean(list(images.values())),
+    }
+
+
+def table_by_stage(scores: list[Score]) -> str:
+    """Return which stage decided how many images of each kind, in Markdown."""
+    lines = [
+        "| prompts | text: absent | text: detected | trajectory: absent | trajectory: detected |",
+        "|---" * 5 + "|",
+    ]
+    for kind in KINDS:
+        rows = [score for score in scores if score.statistic == PRODUCT and score.kind == kind]
+        cells = [
+            f"{100 * _mean([(score.stage, score.detected) == (stage, detected) for score in rows]):.1f} %"
+            for stage in ("text", "trajectory")
+            for detected in (False, True)
+        ]
+        lines.append(f"| {kind} ({len(rows)}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return round(sum(values) / max(1, len(values)), 5)
+
+
 def table_by_kind(scores: list[Score]) -> str:
     """Return in how many images of each kind each statistic detects the concept, in Markdown."""
     names = _known(scores)
@@ -179,8 +266,9 @@ def table_by_kind(scores: list[Score]) -> str:
 
 
 def _known(scores: list[Score]) -> list[str]:
-    known = {score.statistic for score in scores}
-    return [name for name in (PRODUCT, *STATISTICS) if name in known]
+    """The statistics that were taken of every image."""
+    count = {name: sum(score.statistic == name for score in scores) for name in (PRODUCT, *STATISTICS)}
+    return [name for name in (PRODUCT, *STATISTICS) if count[name] == count[PRODUCT]]
 
 
 def _share(detected: list[bool]) -> str:
@@ -189,13 +277,15 @@ def _share(detected: list[bool]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 dev gate")
-    parser.add_argument("--set", default="selective", choices=("selective", "paper"))
-    parser.add_argument("--statistic", default=AUTOMATIC, choices=(AUTOMATIC, *STATISTICS), help="what decides")
+    parser.add_argument("--set", nargs="+", default=["selective"], choices=SETS)
+    parser.add_argument("--training-seed", type=int, default=0, help="of the set 'preset'")
+    parser.add_argument("--statistic", default=AUTOMATIC, choices=(AUTOMATIC, *STATISTICS[1:]), help="what decides")
     parser.add_argument("--resist-adversarial", action="store_true", help="influence or alignment decides")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--images", type=int, default=20, help="noise seeds for each prompt (default: %(default)s)")
     parser.add_argument("--probe-steps", type=int, default=3, help=f"of {STEPS} (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where to write every score")
+    parser.add_argument("--json", type=Path, help="where to write the figures and every score")
+    parser.add_argument("--diagram", type=Path, help="where to draw the cascade with the first set's figures (PNG)")
     options = parser.parse_args()
     start_host()
     import torch
@@ -208,13 +298,18 @@ def main() -> None:
         probe_steps=options.probe_steps,
         probe_schedule_steps=STEPS,
     )
+    report: dict[str, Any] = {}
     with torch.inference_mode():
-        demo = Demo(options.set)
-        sys.stdout.write(f"Erasure LoRAs: {options.set}\n\n")
-        scores = with_the_papers_rule(list(decisions(demo, options.images, options.seed, settings)))
-        sys.stdout.write(f"{table(scores)}\n\n{table_by_kind(scores)}\n")
-        if options.json:
-            options.json.write_text(json.dumps([vars(score) for score in scores], indent=1))
+        for kind in options.set:
+            demo = Demo(kind, options.training_seed)
+            scores = with_the_papers_rule(list(decisions(demo, options.images, options.seed, settings)))
+            parts = (table(scores), table_by_kind(scores), table_by_stage(scores))
+            sys.stdout.write("\n\n".join((f"Erasure LoRAs: {kind}", *parts, json.dumps(figures(scores)))) + "\n\n")
+            report[FIELDS.get(kind, kind)] = {**figures(scores), "scores": [vars(score) for score in scores]}
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+    if options.diagram:
+        draw(next(iter(report.values()))["scores"], options.diagram)
 
 
 if __name__ == "__main__":

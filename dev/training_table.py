@@ -112,21 +112,26 @@ class InTheGraph:
 
     def train(self, concept: str, reference: str, synonyms: tuple[str, ...]) -> tuple[Any, float]:
         """As `OutsideTheHost.train`."""
+        began = time.perf_counter()
+        lora = self.lora(concept, reference, synonyms)
+        layers = {self.kohya[path]: layer for path, layer in lora.adapter.layers.items()}
+        return replace(lora.adapter, layers=layers), time.perf_counter() - began
+
+    def lora(self, concept: str, reference: str, synonyms: tuple[str, ...]) -> Any:
+        """Train a concept; return the erasure LoRA as the node gives it."""
         import torch
 
         inputs = {
             one.id: one.default for one in self.node.define_schema().inputs if getattr(one, "default", None) is not None
         }
         words = {"concept": concept, "generate_instead": reference, "synonyms": ", ".join(synonyms)}
-        began = time.perf_counter()
         with torch.inference_mode():
             latent = {"samples": torch.zeros(1, 4, SIZE // 8, SIZE // 8)}
             out = self.node.execute(
                 model=self.model, latent_image=latent, clip=self.clip, **{**inputs, **words, **self.changes}
             )
         ((lora,), _) = out.args
-        layers = {self.kohya[path]: layer for path, layer in lora.adapter.layers.items()}
-        return replace(lora.adapter, layers=layers), time.perf_counter() - began
+        return lora
 
 
 def narrow_layers(adapter: Any) -> dict[str, Any]:

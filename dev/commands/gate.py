@@ -10,8 +10,8 @@ from dev.report import Progress
 
 SUMMARY = "measure the gate over the demo model's ten concepts"
 EXTRA = (
-    "other arguments: --set paper|selective, --statistic NAME, --resist-adversarial, --images N, --seed N, "
-    "--probe-steps N, --json FILE"
+    "other arguments: --set selective|preset|paper ..., --training-seed N, --statistic NAME, --resist-adversarial, "
+    "--images N, --seed N, --probe-steps N, --json FILE, --diagram FILE"
 )
 
 
