@@ -1,4 +1,4 @@
-"""What the gate does in schedules of few and of many steps, measured in a real ComfyUI.
+"""What the trajectory stage does in schedules of few and of many steps, measured in a real ComfyUI.
 
 A gate decides at the step nearest to the probe's noise level. Few steps make that step late, and erasing from there on
 may leave the concept's silhouette; `on_detection` says what follows. For each number of steps and each scheduler, ten
@@ -84,7 +84,9 @@ class Schedule:
     def gated(self, lora: Any, prompts: Sequence[str], on_detection: str) -> Generated:
         """Return the images behind a gate with default settings."""
         positive, seeds, noise = self._batch(prompts)
-        settings = pack_module("unguide_comfy.probe.settings").Settings(on_detection=on_detection)
+        settings = pack_module("unguide_comfy.probe.settings").Settings(
+            on_detection=on_detection, statistic="influence"
+        )
         return self.studio.guided(lora, positive, seeds, settings, noise=noise, **self.options)
 
     def shown(self, generated: Generated, concept: str) -> float:
