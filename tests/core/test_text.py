@@ -86,9 +86,9 @@ def scores(own: tuple[float, float], others: tuple[float, float]) -> Scores:
 
 
 def test_the_thresholds_lie_between_the_two_kinds_of_prompts():
-    lower, upper = scores((0.8, 1.1), (0.0, 0.5)).thresholds(0.01)
-    assert lower == pytest.approx(0.5 * (1.0 - OPEN), abs=0.01)
-    assert 0.5 < upper < 0.8
+    lower, upper = scores((0.8, 1.1), (0.0, 0.4)).thresholds(0.01)
+    assert lower == pytest.approx(0.4 * (1.0 - OPEN), abs=0.01)
+    assert 0.4 < upper < 0.8
 
 
 def test_the_lower_threshold_stays_well_below_the_upper_one_and_never_above_it():

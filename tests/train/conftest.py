@@ -12,7 +12,7 @@ import torch
 
 from dev.host import Host
 from tests.conftest import pack_module
-from tests.host.conftest import CHECKPOINT, Demo, demo, demo_lora, inference_mode, trained_adapter  # noqa: F401
+from tests.host.conftest import CHECKPOINT, Demo, demo, inference_mode, text_lora, trained_adapter  # noqa: F401
 from unguide_core.adapter import Adapter
 from unguide_core.adapter.names import UNET, renamed
 from unguide_train.config import Config, from_values

@@ -11,7 +11,7 @@ import torch
 from demo.captions import words_for
 from demo.erasure import LORAS, path_of
 from tests.conftest import pack_module
-from tests.host.conftest import Demo, Observer, guided, ksampler
+from tests.host.conftest import Demo, Observer, guided, ksampler, without_text
 from tests.train.conftest import put_on
 from unguide_core.formats import load_adapter
 from unguide_core.probe.calibration import PROBED_STEPS, Calibration, CalibrationPrompts
@@ -70,10 +70,11 @@ def test_its_figures_are_those_that_the_host_measured(found: Calibration) -> Non
     assert aligned.concept.mean > 2 * aligned.others.mean
 
 
-def test_the_hosts_gate_goes_by_it_where_nothing_patches_the_model(found: Calibration, demo, demo_lora) -> None:
-    card = replace(demo_lora.adapter.card, calibration=found.to_card())
-    lora = replace(demo_lora, adapter=replace(demo_lora.adapter, card=card), concept=None)
-    detected = {}
+def test_the_hosts_gate_goes_by_it_where_nothing_patches_the_model(found: Calibration, demo, text_lora) -> None:
+    card = replace(text_lora.adapter.card, calibration=found.to_card())
+    whole = replace(text_lora, adapter=replace(text_lora.adapter, card=card), concept=None)
+    assert decided(demo, whole, TARGET).statistic == "text"
+    lora, detected = without_text(whole), {}
     for prompt in (TARGET, "a photo of the dog"):
         decision = decided(demo, lora, prompt)
         assert decision.statistic == "influence"
