@@ -70,7 +70,7 @@ def decoded(samples: Output, vae: Output, prefix: str, name: str = "", title: st
     images = {"images": Output(f"decode{name}", "IMAGE"), "filename_prefix": f"unguide/{prefix}"}
     return (
         Node(f"decode{name}", "VAEDecode", 60, {"samples": samples, "vae": vae}),
-        Node(f"save{name}", "SaveImage", 280, images, title),
+        Node(f"save{name}", "SaveImage", 310, images, title),
     )
 
 
@@ -498,7 +498,7 @@ time, and the dog is the same with and without UnGuide.
                     (
                         *decoded(Output("sampler", "latent"), of_model("vae"), "trained"),
                         *enlarged("Image, enlarged", 380, Output("decode", "IMAGE")),
-                        report(Output("sampler", "report"), 270),
+                        report(Output("sampler", "report"), 240),
                     ),
                 ),
             ),
@@ -513,7 +513,7 @@ time, and the dog is the same with and without UnGuide.
                         Node(
                             "decode2", "VAEDecode", 60, {"samples": Output("plain", "LATENT"), "vae": of_model("vae")}
                         ),
-                        Node("shown2", "PreviewImage", 280, {"images": Output("decode2", "IMAGE")}, "Without UnGuide"),
+                        Node("shown2", "PreviewImage", 310, {"images": Output("decode2", "IMAGE")}, "Without UnGuide"),
                     ),
                 ),
             ),
