@@ -23,6 +23,8 @@ MEANINGS = {
     "influence": "what the LoRA changes",
     "alignment": "which way the prompt pulls",
     "paper": "what the LoRA changes",
+    "text": "what the LoRA reads in the prompt",
+    "text norm": "what the LoRA reads in the prompt",
 }
 EMPTY = "empty prompt"
 

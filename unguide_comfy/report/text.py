@@ -106,7 +106,7 @@ def _clause(verdict: Verdict, cost: Cost) -> str:
 def _when(decision: Decision, cost: Cost) -> str:
     if decision.step is not None:
         return f"at step {decision.step + 1} of {cost.steps}"
-    read = "in the prompt, " if decision.statistic == "text" else ""
+    read = "in the prompt, " if decision.stage == "text" else ""
     return f"{read}before the first step"
 
 
