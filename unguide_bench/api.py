@@ -5,6 +5,7 @@ It does not know the server's process or files.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -18,8 +19,12 @@ from typing import Any
 Graph = dict[str, dict[str, Any]]
 """A workflow in ComfyUI's API format: node id -> {"class_type": ..., "inputs": ...}."""
 
+POLL_QUEUE = 0.5
+"""Seconds between two looks into the queue for a prompt that is not known to run: how exactly its start is known."""
 CHECK_QUEUE_AFTER = 5.0
-"""Seconds between two checks of the queue for a prompt that is not finished."""
+"""Seconds between two looks for a prompt that runs: how fast a restarted server is noticed."""
+RUNNING, PENDING = "queue_running", "queue_pending"
+"""The two parts of ComfyUI's queue."""
 
 
 class ApiError(Exception):
@@ -114,17 +119,22 @@ class Api:
     def wait(self, prompt_id: str, timeout: float = 600.0) -> dict[str, Any]:
         """The finished prompt's history entry ("outputs", "status", "prompt").
 
+        Args:
+            timeout: seconds that it may run. Its time behind other prompts in the queue does not count.
         Raises: ExecutionFailedError if a node raised or the run was interrupted, NoAnswerError if the server does not
-            know the prompt any more, ApiError at the timeout.
+            know the prompt any more, ApiError at the timeout, after which the prompt is cancelled.
         """
-        deadline = time.monotonic() + timeout
-        check = time.monotonic() + CHECK_QUEUE_AFTER
+        place, check = PENDING, 0.0
+        deadline = float("inf")
         while time.monotonic() < deadline:
-            waiting = True
-            if time.monotonic() > check:
-                waiting, check = self._is_queued(prompt_id), time.monotonic() + CHECK_QUEUE_AFTER
+            if time.monotonic() >= check:
+                place = self._place(prompt_id)
+                if place == RUNNING and deadline == float("inf"):
+                    deadline = time.monotonic() + timeout
+                check = time.monotonic() + (CHECK_QUEUE_AFTER if place == RUNNING else POLL_QUEUE)
+            # after the queue, so that what finishes between the two is not taken for forgotten
             entry = self.get(f"/history/{prompt_id}").get(prompt_id)
-            if entry is None and not waiting:
+            if entry is None and not place:
                 raise NoAnswerError(f"ComfyUI at {self.url} has forgotten the workflow: it was restarted")
             if entry and entry.get("status", {}).get("completed"):
                 return dict(entry)
@@ -132,15 +142,29 @@ class Api:
                 raise ExecutionFailedError(_error_message(entry["status"].get("messages", [])))
             self.check()
             time.sleep(0.1)
-        raise ApiError(f"the workflow did not finish within {timeout:.0f} s")
+        self.cancel(prompt_id)
+        raise ApiError(f"the workflow did not finish within {timeout:g} s of running; it was cancelled")
 
-    def _is_queued(self, prompt_id: str) -> bool:
+    def _place(self, prompt_id: str) -> str:
+        """The part of the queue that a prompt is in; "" where it is in none."""
         queue = self.get("/queue")
-        return any(item[1] == prompt_id for part in ("queue_running", "queue_pending") for item in queue[part])
+        return next((part for part in (RUNNING, PENDING) if any(item[1] == prompt_id for item in queue[part])), "")
 
     def run(self, graph: Graph, timeout: float = 600.0) -> dict[str, Any]:
-        """Queues a graph and waits for it: its history entry."""
-        return self.wait(self.queue(graph), timeout)
+        """Queues a graph and waits for it: its history entry. What a KeyboardInterrupt leaves is cancelled."""
+        prompt_id = self.queue(graph)
+        try:
+            return self.wait(prompt_id, timeout)
+        except KeyboardInterrupt:
+            with contextlib.suppress(ApiError):
+                self.cancel(prompt_id)
+            raise
+
+    def cancel(self, prompt_id: str) -> None:
+        """Takes a prompt out of the queue, or stops it if it runs. Others' prompts stay."""
+        self.request("/queue", {"delete": [prompt_id]})
+        if self._place(prompt_id) == RUNNING:
+            self.request("/interrupt", {"prompt_id": prompt_id})
 
     def interrupt(self) -> None:
         """Stops what runs."""

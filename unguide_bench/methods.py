@@ -98,6 +98,11 @@ class Settings:
         if not 0 <= self.cfg <= 100:
             raise BenchError(f"cfg is {self.cfg:g}; expected 0 to 100")
 
+    def require_prompt_of(self, method: Method) -> None:
+        """Raises: BenchError where the method is "negative" and has no text: its images would be the base model's."""
+        if method.way == NEGATIVE and not self.negative.strip():
+            raise BenchError(f"the method {NEGATIVE!r} has no negative prompt; give the concept, or another text")
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -105,6 +105,8 @@ class Painter:
         self.check()
         jobs = list(jobs)
         settings = self.settings
+        for method in {job.method for job in jobs}:
+            settings.require_prompt_of(method)
         if not settings.concept_prompt and not self._loaded()["concept"]:
             settings = replace(settings, concept_prompt=target)
         self.settings = settings

@@ -28,8 +28,9 @@ class Configuration:
     Args:
         server: a running ComfyUI with this pack.
         checkpoint, lora: files as the server names them.
-        erase_concept: the concept's own prompt for the gate, where the LoRA's metadata has none.
-        method: during, before, as-the-paper, always:WEIGHT, or one without UnGuide: base, lora:STRENGTH.
+        erase_concept: the concept: its own prompt for the gate, where the LoRA's metadata has none, and the negative
+            prompt of the method "negative".
+        method: during, before, as-the-paper, always:WEIGHT, or one without UnGuide: base, negative, lora:STRENGTH.
         num_inference_steps, guidance_scale, sampler, scheduler, size: of the images.
     """
 
@@ -62,7 +63,7 @@ class UnGuideTechnique:
         self.config = Configuration(**{name: value for name, value in options.items() if name in known})
         try:
             self.method = Method.parse(self.config.method)
-            self.settings(self.config.num_inference_steps)
+            self.settings(self.config.num_inference_steps).require_prompt_of(self.method)
         except BenchError as error:
             raise RuntimeError(str(error)) from error
         self.ready: dict[tuple[int, bool], tuple[Painter, Plan]] = {}
@@ -74,6 +75,7 @@ class UnGuideTechnique:
             checkpoint=config.checkpoint,
             lora=config.lora,
             strength=config.strength,
+            negative=config.erase_concept,
             steps=steps,
             cfg=config.guidance_scale,
             sampler=config.sampler,

@@ -101,6 +101,19 @@ def test_a_wrong_method_is_refused_when_the_technique_is_made() -> None:
         UnGuideTechnique(**MODELS, method="magic")
 
 
+@pytest.mark.host
+def test_the_negative_prompt_is_the_concept(server: Server) -> None:
+    negative = UnGuideTechnique(server=server.api.url, **MODELS, **SMALL, method="negative", erase_concept="cat")
+    base = UnGuideTechnique(server=server.api.url, **MODELS, **SMALL, method="base")
+    (image,), (plain,) = (one.generate([CAT], seed=7) for one in (negative, base))
+    assert image.tobytes() != plain.tobytes()
+
+
+def test_a_negative_prompt_without_a_concept_is_refused_when_the_technique_is_made() -> None:
+    with pytest.raises(RuntimeError, match="'negative' has no negative prompt; give the concept"):
+        UnGuideTechnique(**MODELS, method="negative")
+
+
 def test_a_server_that_is_not_there_is_one_sentence() -> None:
     technique = UnGuideTechnique(server=f"http://{LOOPBACK}:{free_port()}", **MODELS)
     with pytest.raises(RuntimeError, match="does not answer"):
