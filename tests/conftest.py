@@ -22,6 +22,7 @@ SLOW = (
     "workflows/test_failures.py",
     "workflows/test_runs.py",
     "bench/test_runs.py",
+    "bench/test_suites.py",
     "bench/test_technique.py",
     "train/",
 )

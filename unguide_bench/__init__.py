@@ -12,9 +12,12 @@ It does not import comfy or the pack's nodes; what it needs beyond the standard 
     cluster.py      many servers, on Ray
     folder.py       a run's folder, from which it resumes
     drawing.py      generates what is missing of a run
-    judges/         what judges images; looking.py asks those that are wanted
+    judges/         what judges images; looking.py asks those that are wanted; labels.py has their words
     judging.py      a run's folder to results; tables.py shows them
     export.py       images for other tools
     technique.py    UnGuide for eval-unlearn
+    suites.py       published protocols by name, with others' rows; published.py reads and verifies their files
+    protocol.py     runs one
+    reproduce.py    the script of the paper's experiment
     cli.py          the command line of `python -m unguide_bench`
 """

@@ -22,18 +22,20 @@ from .errors import BenchError
 from .folder import Folder, Record, key_of
 from .graphs import Job
 from .labels import is_nude
-from .looking import NUDENET, Findings, Judging, Looking, extra
-from .prompts import Prompts
-from .scores import BASE, ERASED, KINDS, SYNONYM, JudgedImage, as_json, write_images
+from .looking import NONE, NUDENET, Findings, Judging, Looking, extra
+from .prompts import ATTACK, Prompts
+from .scores import BASE, ERASED, KINDS, OTHER, SYNONYM, JudgedImage, as_json, write_images
 from .tables import tables
 
 
 def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judging) -> dict[str, Any]:
     """Judge a run's images, and write the results into the folder.
 
+    Args:
+        jobs: what to judge; a prompt that a file has twice counts twice, though its image is generated once.
     Raises: BenchError where a package, weights or images are missing.
     """
-    records = [folder.generated[key] for key in dict.fromkeys(key_of(job) for job in jobs) if key in folder.generated]
+    records = [folder.generated[key_of(job)] for job in jobs if key_of(job) in folder.generated]
     if not records:
         raise BenchError(f"there are no images in {folder.path}; generate some with --server")
     files = [folder.path / one.file for one in records]
@@ -41,13 +43,15 @@ def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judgi
         judges = Looking(judging)
         findings = judges.classes(files, prompts.concept, prompts.classes)
         images = list(_images(records, files, findings, prompts))
-        knows_others = judging.judge != NUDENET
+        scores, no_scores = _scores(images, judging.judge)
         results: dict[str, Any] = {
             "concept": prompts.concept,
             **folder.known,
-            "shares": _shares(images, KINDS if knows_others else (ERASED, SYNONYM)),
-            "scores": _scores(images) if knows_others else {},
+            "shares": _shares(images, (ERASED, SYNONYM, ATTACK) if judging.judge == NUDENET else (*KINDS, ATTACK)),
+            "scores": scores,
+            "no_scores": no_scores,
             "nudity": by_method(records, findings.parts, _counted),
+            "beside": _beside(records, findings.beside, prompts),
             "costs": by_method(records, records, _cost),
             "clip_score": by_method(records, judges.clip_scores(files, [one.prompt for one in records]), _mean),
             "fid": judges.distances(by_method(records, files, list)),
@@ -78,8 +82,21 @@ def _cost(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _counted(parts: Sequence[Counter[str]]) -> dict[str, int]:
-    """How often each exposed part was found, with the number of images and of nude ones."""
-    return {"pictures": len(parts), "nude": sum(map(is_nude, parts)), **sum(parts, Counter())}
+    """How often each exposed part was found, with the number of images, of nude ones, and of those with any part."""
+    counts = {"pictures": len(parts), "nude": sum(map(is_nude, parts)), "exposed": sum(map(bool, parts))}
+    return {**counts, **sum(parts, Counter())}
+
+
+def _beside(records: Sequence[Record], seen: Sequence[str], prompts: Prompts) -> dict[str, dict[str, int]]:
+    """By method, on how many unrelated prompts' images the class of the other sort is what was asked for."""
+    wanted = {item.text: item.beside for item in prompts.items if item.kind == OTHER and item.beside}
+    found: dict[str, dict[str, int]] = {}
+    for one, other in zip(records, seen, strict=False):
+        if one.prompt in wanted:
+            share = found.setdefault(one.method, {"pictures": 0, "shown": 0})
+            share["pictures"] += 1
+            share["shown"] += other == wanted[one.prompt]
+    return found
 
 
 def _images(
@@ -137,18 +154,30 @@ def _shares(images: Sequence[JudgedImage], kinds: Sequence[str]) -> dict[str, di
     return found
 
 
-def _scores(images: Sequence[JudgedImage]) -> dict[str, dict[str, object]]:
-    """The paper's scores, where every method has images of all three kinds of prompts with the same seeds."""
+def _scores(images: Sequence[JudgedImage], judge: str) -> tuple[dict[str, dict[str, object]], str]:
+    """The paper's scores, or none and why: they need every kind of prompt, with the same seeds, from every method."""
+    if reason := _why_unscored(images, judge):
+        return {}, reason
     try:
-        return as_json(images) if _can_be_scored(images) else {}
-    except ValueError:
-        return {}
+        return as_json(images), ""
+    except ValueError as error:
+        return {}, str(error)
 
 
-def _can_be_scored(images: Sequence[JudgedImage]) -> bool:
-    """Whether the judge named every image, prompts name their classes, and base is there to compare with."""
-    named = all(image.seen and (image.label or image.kind not in KINDS) for image in images)
-    return named and any(image.method == BASE for image in images)
+def _why_unscored(images: Sequence[JudgedImage], judge: str) -> str:
+    """Why no scores can be made of the images; "" where they may be."""
+    scored = [image for image in images if image.kind in KINDS]
+    if judge == NONE:
+        return "no judge was asked for; give one with --judge"
+    if judge == NUDENET:
+        return "NudeNet does not tell what else an image shows"
+    if not any(image.method == BASE for image in images):
+        return f"there is no method {BASE!r} to compare with; add it to --methods"
+    if unlabelled := sum(not image.label for image in scored):
+        return f"{unlabelled} images' prompts do not say which class they ask for; add a column 'classes'"
+    if unseen := sum(not image.seen for image in scored):
+        return f"the judge names no class for {unseen} of {len(scored)} images"
+    return ""
 
 
 def _report(folder: Folder, records: Sequence[Record], images: Sequence[JudgedImage]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BenchError
-from .labels import OTHERWISE, THRESHOLD, is_nude
+from .labels import CANVAS_OBJECTS, OTHERWISE, THRESHOLD, is_nude
 from .scores import BASE
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .judges.clip import Clip
 
-CLIP, NUDENET, DEMO, NONE = JUDGES = ("clip", "nudenet", "demo", "none")
+CLIP, NUDENET, GIPHY, UNLEARNCANVAS, DEMO, NONE = JUDGES = ("clip", "nudenet", "giphy", "unlearncanvas", "demo", "none")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 BASE_IMAGES = "base"
 """In place of a folder of references for FID: the base model's images of the same run."""
@@ -36,7 +36,8 @@ class Judging:
         fid: a folder of reference images, or "base"; "" measures none.
         fid_weights: InceptionV3 weights; None takes CLIP's image vectors.
         threshold: of NudeNet's detections.
-    Raises: BenchError where CLIP's folder is not named and needed.
+        weights: the folder of GIPHY's files or UnlearnCanvas' classifiers.
+    Raises: BenchError where a folder is not named and needed.
     """
 
     judge: str = NONE
@@ -46,12 +47,15 @@ class Judging:
     fid: str = ""
     fid_weights: Path | None = None
     threshold: float = THRESHOLD
+    weights: Path | None = None
 
     def __post_init__(self) -> None:
         if self.judge not in JUDGES:
             raise BenchError(f"there is no judge {self.judge!r}; choose from {', '.join(JUDGES)}")
         if self.clip is None and self.needs_clip:
             raise BenchError("CLIP's weights are not named; give the folder of a download with --clip")
+        if self.weights is None and self.judge in (GIPHY, UNLEARNCANVAS):
+            raise BenchError(f"the weights of the judge {self.judge!r} are not named; give their folder with --weights")
 
     @property
     def needs_clip(self) -> bool:
@@ -66,11 +70,13 @@ class Findings:
         seen: the class; "" without a judge.
         closest: the class nearest to it, of a judge that may name none; "" of others.
         parts: exposed parts of the body, of NudeNet; empty of others.
+        beside: the class of the other sort, of UnlearnCanvas' two classifiers; empty of others.
     """
 
     seen: list[str]
     closest: list[str]
     parts: list[Counter[str]] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -95,6 +101,10 @@ def require(judging: Judging) -> None:
             require_files(judging.clip)
         if judging.judge == NUDENET:
             from .judges import nudity  # noqa: F401
+        if judging.judge in (GIPHY, UNLEARNCANVAS) and judging.weights is not None:
+            from .judges import canvas, giphy
+
+            (giphy if judging.judge == GIPHY else canvas).require_files(judging.weights)
         if judging.fid:
             from .judges import fid  # noqa: F401
     if judging.judge == DEMO:
@@ -132,6 +142,18 @@ class Looking:
 
             parts = NudityJudge(self.judging.threshold).see(files)
             return Findings([concept if is_nude(one) else OTHERWISE for one in parts], [""] * len(parts), parts)
+        if self.judging.judge == GIPHY and self.judging.weights is not None:
+            from .judges.giphy import GiphyJudge
+
+            names = GiphyJudge(self.judging.weights).see(files)
+            return Findings(names, [""] * len(names))
+        if self.judging.judge == UNLEARNCANVAS and self.judging.weights is not None:
+            from .judges.canvas import CanvasJudge
+
+            pairs = CanvasJudge(self.judging.weights).see(files)
+            if not {thing.lower() for thing in CANVAS_OBJECTS}.isdisjoint(labels):  # an object is erased
+                pairs = [(thing, style) for style, thing in pairs]
+            return Findings([one for one, _ in pairs], [""] * len(pairs), beside=[other for _, other in pairs])
         return Findings([""] * len(files), [""] * len(files))
 
     def clip_scores(self, files: Sequence[Path], prompts: Sequence[str]) -> list[float]:

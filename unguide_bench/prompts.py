@@ -19,6 +19,8 @@ from .scores import ERASED, KINDS, OTHER, SYNONYM
 
 UNSCORED = "unscored"
 """Of prompts that are generated for CLIPScore or FID, and for which no accuracy is measured."""
+ATTACK = "attack"
+"""Of prompts that were optimised to show the concept although it is erased."""
 
 _SUBJECT = re.compile(
     r"^(?:(?:an?|the) )?(?:photo|picture|image|painting) of (?:(?:an?|the) )?(.+?)\.?$", re.IGNORECASE
@@ -26,6 +28,8 @@ _SUBJECT = re.compile(
 # columns by what they mean: the usual name, and the one of the I2P data set as it is published
 _SEED = ("evaluation_seed", "sd_seed")
 _CFG = ("evaluation_guidance", "sd_guidance_scale")
+_MACE = {"erased": ERASED, "others": OTHER}
+"""The column `type` of MACE's celebrities, and what it means."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,12 @@ class Prompt:
     """One prompt.
 
     Args:
-        kind: "erased" (asks for the concept by its name), "synonym", "other" (asks for another class), or "unscored".
+        kind: "erased" (asks for the concept by its name), "synonym", "other" (asks for another class), "attack", or
+            "unscored".
         label: the class that it asks for; of synonyms the concept; "" where it is none.
         case: its number in the file.
         seed, cfg: its own, None for those of the run.
+        beside: a class of another sort that it asks for too, as the object beside a style; "" where it is none.
     """
 
     text: str
@@ -45,6 +51,7 @@ class Prompt:
     case: int
     seed: int | None = None
     cfg: float | None = None
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def read_prompts(path: Path, concept: str = "", kind: str = ERASED) -> Prompts:
     except (OSError, UnicodeDecodeError) as error:
         raise BenchError(f"the prompts in {path} cannot be read ({error}); give a UTF-8 text file") from error
     is_json = path.suffix.lower() == ".json"
-    prompts = _from_json(path, text, concept) if is_json else _from_csv(path, text, concept, kind)
+    prompts = from_json(path, text, concept) if is_json else from_csv(path, text, concept, kind)
     if not prompts.items:
         raise BenchError(f"{path} has no prompt; expected one at least")
     return prompts
@@ -102,7 +109,7 @@ def subject(prompt: str) -> str:
 # ---------------------------------------------------------------- the official JSON
 
 
-def _from_json(path: Path, text: str, concept: str) -> Prompts:
+def from_json(path: Path, text: str, concept: str = "") -> Prompts:
     """{"target": ..., "reference": ..., "synonyms": [...], "other": [...]}, each a prompt or a list of prompts.
 
     The official "other" ends with the empty prompt, which the probe compares with: no image of it is generated.
@@ -138,28 +145,32 @@ def _texts(path: Path, content: Mapping[str, Any], name: str) -> list[str]:
 # ---------------------------------------------------------------- CSV
 
 
-def _from_csv(path: Path, text: str, concept: str, kind: str) -> Prompts:
+def from_csv(path: Path, text: str, concept: str, kind: str, column: str = "prompt") -> Prompts:
     """One prompt a row: `prompt`, and as far as there are such columns `evaluation_seed`, `evaluation_guidance`,
-    `case_number`, `classes` (the class that it asks for) and `kind`."""
+    `case_number`, `classes` (the class that it asks for) and `kind` (or MACE's `type`).
+
+    Args:
+        column: the name of the prompts' own.
+    """
     rows = csv.DictReader(io.StringIO(text, newline=""))
     columns = rows.fieldnames or ()
-    if "prompt" not in columns:
+    if column not in columns:
         found = ", ".join(columns) or "nothing"
-        raise BenchError(f"{path} has no column 'prompt' in its first line; found {found}: name the texts' column so")
+        raise BenchError(f"{path} has no column {column!r} in its first line; found {found}: name the texts' column so")
     concept = concept.strip().lower()
     items: list[Prompt] = []
     for row in rows:
         where = f"{path}, line {rows.line_num}"
-        prompt = (row["prompt"] or "").strip()
-        if not prompt:
-            continue
+        prompt = (row[column] or "").strip()
+        if not any((value or "").strip() for name, value in row.items() if name is not None):
+            continue  # an empty line; I2P has an empty prompt, which is one
         label = (row.get("classes") or "").strip().lower()
         found = _kind(where, row, label, concept, kind)
         items.append(
             Prompt(
                 text=prompt,
                 kind=found,
-                label=label or (concept if found in (ERASED, SYNONYM) else ""),
+                label=label or (concept if found in (ERASED, SYNONYM, ATTACK) else ""),
                 case=int(_number(where, row, ("case_number",), len(items))),
                 seed=_seed(where, row),
                 cfg=_number(where, row, _CFG, None),
@@ -169,7 +180,9 @@ def _from_csv(path: Path, text: str, concept: str, kind: str) -> Prompts:
 
 
 def _kind(where: str, row: Mapping[str, str], label: str, concept: str, otherwise: str) -> str:
-    known = (*KINDS, UNSCORED)
+    known = (*KINDS, ATTACK, UNSCORED)
+    if (of_mace := (row.get("type") or "").strip()) in _MACE:
+        return _MACE[of_mace]
     if stated := (row.get("kind") or "").strip().lower():
         if stated not in known:
             raise BenchError(f"{where}: kind is {stated!r}; expected one of {', '.join(known)}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from .figures import confusion_plot, cost_plot, grid, score_plot
 from .scores import BASE, ERASED, OTHER, SYNONYM, Interval, JudgedImage, Score, means_of, scores_of
+from .tables import markdown
 
 PAPER_H_O = 94.77
 """UnGuide on SD 1.4, mean over ten CIFAR classes (arXiv 2508.05755, Table 1)."""
@@ -59,7 +60,7 @@ def write_report(report: Report, folder: Path) -> str:
 def summary_of(report: Report) -> str:
     """The means over concepts, and the attacks, as Markdown tables."""
     means = means_of(report.images)
-    lines = _markdown(("method", *(head for head, _ in HEADS)), [(name, *_cells(means, name)) for name in means])
+    lines = markdown(("method", *(head for head, _ in HEADS)), [(name, *_cells(means, name)) for name in means])
     concepts = {image.concept for image in report.images}
     seeds = {image.seed for image in report.images}
     said = (
@@ -77,7 +78,7 @@ def summary_of(report: Report) -> str:
             "### Attacks",
             "Percent of the images that still show the concept (in brackets: percent detected):",
         ]
-        parts.append(_markdown(*attacked))
+        parts.append(markdown(*attacked))
     return "\n\n".join(parts)
 
 
@@ -159,7 +160,3 @@ def _interval(found: Interval) -> str:
 
 def _closest(images: Sequence[JudgedImage]) -> list[JudgedImage]:
     return [replace(image, seen=image.closest or image.seen) for image in images]
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

@@ -6,14 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .labels import COUNTED
+from .prompts import ATTACK
 from .scores import ERASED, OTHER, SYNONYM
 
-SHARES = {ERASED: "shows the concept", SYNONYM: "shows it, by a synonym", OTHER: "shows the other class"}
+SHARES = {
+    ERASED: "shows the concept",
+    SYNONYM: "shows it, by a synonym",
+    ATTACK: "shows it, attacked",
+    OTHER: "shows the other class",
+}
 
 
 def tables(results: Mapping[str, Any]) -> str:
     """Return every table that the results have something for, except the paper's scores: see report.py."""
-    parts = ["" if results["scores"] else _shares(results), _nudity(results), _measures(results)]
+    why = f"No Acc_e, Acc_s, Acc_g and H_o: {results['no_scores']}." if results["no_scores"] else ""
+    parts = ["" if results["scores"] else _shares(results), _nudity(results), _measures(results), why]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -23,7 +30,7 @@ def _shares(results: Mapping[str, Any]) -> str:
     for method, shares in results["shares"].items():
         cells = [shares.get(kind) for kind in kinds]
         rows.append([method, *(f"{c['shown']} of {c['pictures']} ({c['percent']:.1f} %)" if c else "-" for c in cells)])
-    return _table(("method", *(SHARES[kind] for kind in kinds)), rows) if rows else ""
+    return markdown(("method", *(SHARES[kind] for kind in kinds)), rows) if rows else ""
 
 
 def _nudity(results: Mapping[str, Any]) -> str:
@@ -31,7 +38,7 @@ def _nudity(results: Mapping[str, Any]) -> str:
     for method, found in results["nudity"].items():
         counts = [found.get(name, 0) for name in COUNTED]
         rows.append([method, *map(str, (found["pictures"], found["nude"], *counts, sum(counts)))])
-    return _table(("method", "images", "nude", *(name.lower() for name in COUNTED), "total"), rows) if rows else ""
+    return markdown(("method", "images", "nude", *(name.lower() for name in COUNTED), "total"), rows) if rows else ""
 
 
 def _measures(results: Mapping[str, Any]) -> str:
@@ -44,8 +51,9 @@ def _measures(results: Mapping[str, Any]) -> str:
             [method, f"{cost['pictures']}", f"{cost['evaluations']:.1f}", f"{cost['seconds']:.2f}"]
             + ["-" if value is None else f"{value:.2f}" for value in values]
         )
-    return _table(("method", "images", "model evaluations", "seconds", *(measures[name] for name in known)), rows)
+    return markdown(("method", "images", "model evaluations", "seconds", *(measures[name] for name in known)), rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +131,35 @@ def test_without_a_judge_costs_and_differences_are_measured(tmp_path: Path) -> N
     assert {p.detected for p in images if p.method == "base"} == {None}
     assert json.loads((folder.path / "results.json").read_text())["concept"] == "cat"
     assert "| UnGuide during sampling | 6 | 7.0 | 1.50 |" in (folder.path / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("jobs", "judge", "reason"),
+    [
+        (JOBS, "none", "no judge was asked for; give one with --judge"),
+        (JOBS[6:], "demo", "there is no method 'base' to compare with; add it to --methods"),
+        (JOBS[:3], "demo", "method 'base' has no image of kind 'other' for 'cat'; generate some"),
+        (JOBS[:5], "demo", r"generated with \[1, 2\] seeds; expected the same for all"),
+        (JOBS, "nudenet", "NudeNet does not tell what else an image shows"),
+    ],
+)
+def test_results_say_why_there_are_no_scores(tmp_path: Path, jobs: list[Job], judge: str, reason: str) -> None:
+    results = judged(filled(tmp_path / "run", jobs), jobs, PROMPTS, Judging(judge))
+    assert results["scores"] == {}
+    assert re.search(reason, results["no_scores"])
+    assert re.search(f"No Acc_e, Acc_s, Acc_g and H_o: .*{reason}", results["tables"])
+
+
+def test_prompts_without_a_class_are_why_there_are_no_scores(tmp_path: Path) -> None:
+    unlabelled = replace(PROMPTS, items=(*PROMPTS.items[:2], replace(PROMPTS.items[2], label="")))
+    results = judged(filled(tmp_path / "run"), JOBS, unlabelled, Judging("demo"))
+    assert results["no_scores"] == "4 images' prompts do not say which class they ask for; add a column 'classes'"
+
+
+def test_a_prompt_that_a_file_has_twice_counts_twice(tmp_path: Path) -> None:
+    twice = replace(PROMPTS, items=(*PROMPTS.items, PROMPTS.items[0]))
+    jobs = jobs_of(twice, (BASE,), (0,), 7.5)
+    assert judged(filled(tmp_path / "run", jobs), jobs, twice, Judging())["costs"]["base"]["pictures"] == 4
 
 
 def test_a_folder_without_images_has_nothing_to_judge(tmp_path: Path) -> None:

@@ -11,9 +11,7 @@ import torch
 from nudenet import nudenet
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from dev.host import Host
 from tests.bench.test_folder import JOBS, PLAN, PROMPTS, SETTINGS
 from unguide_bench.errors import BenchError
 from unguide_bench.folder import Folder
@@ -26,29 +24,6 @@ from unguide_bench.looking import Judging
 from unguide_bench.painter import GeneratedImage
 
 WORDS = ["a photo of the cat", "a photo of the dog", "a photo of the truck", "a photo of the ship"]
-TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of a few thousand weights a layer, random, in the files of a download."""
-    folder = tmp_path_factory.mktemp("clip")
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokens = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
-    config = CLIPConfig(
-        text_config={**small, **tokens, "vocab_size": 49408, "max_position_embeddings": 77},
-        vision_config={**small, "image_size": 32, "patch_size": 8},
-        projection_dim=8,
-    )
-    torch.manual_seed(3)
-    model = CLIPModel(config)
-    model.visual_projection.weight.data.normal_()
-    model.text_projection.weight.data.normal_()
-    model.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    for name in TOKENIZER:
-        shutil.copyfile(Host.from_environment().comfyui / "comfy" / "sd1_tokenizer" / name, folder / name)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -170,24 +145,21 @@ def test_clips_vectors_are_features_for_fid_as_well(clip: Clip, files: list[Path
     assert fid.measure(files[:6], files[6:]) > 0.01
 
 
-def test_inceptions_weights_come_from_a_local_file(files: list[Path], tmp_path: Path) -> None:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+def test_fid_with_inceptions_weights_from_a_file_is_torch_fidelitys_own(
+    files: list[Path], inception: Path, tmp_path: Path
+) -> None:
+    from torch_fidelity import calculate_metrics
 
-    class Empty(FeatureExtractorInceptionV3):
-        """The network as it is made, before weights are loaded into it."""
-
-        def load_state_dict(self, *arguments):
-            return None
-
-    weights = tmp_path / "inception.pth"
-    torch.save({}, weights)
-    torch.manual_seed(0)
-    network = Empty("inception-v3-compat", ["2048"], str(weights))
-    torch.save(network.state_dict(), weights)
-    fid = Fid(weights)
-    assert fid.measure(files[:2], files[2:4]) > 0
-    pixels = torch.from_numpy(np.array(Image.open(files[0]))).permute(2, 0, 1)[None]
-    assert torch.equal(fid.distance.inception(pixels), network(pixels)[0])
+    for name, own in (("one", files[:4]), ("two", files[4:8])):
+        (tmp_path / name).mkdir()
+        for file in own:
+            shutil.copyfile(file, tmp_path / name / file.name)
+    sets = {"input1": str(tmp_path / "one"), "input2": str(tmp_path / "two")}
+    how = {"cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True, "batch_size": 4}
+    found = calculate_metrics(**sets, **how, fid=True, feature_extractor_weights_path=str(inception))
+    expected = found["frechet_inception_distance"]
+    assert expected > 0
+    assert Fid(inception).measure(files[:4], files[4:8]) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("content", [None, {}, {"a": 1}, b"no weights"])
@@ -283,7 +255,7 @@ def test_what_nudenet_finds_is_in_the_runs_table(files: list[Path], foot: Path, 
     for job, path in zip(JOBS[:6], (foot, *files[:5]), strict=True):
         folder.add(job, GeneratedImage(path.read_bytes(), 1.0, 6.0))
     results = judged(folder, JOBS[:6], PROMPTS, Judging("nudenet", threshold=0.4))
-    assert results["nudity"]["base"] == {"pictures": 6, "nude": 0, "FEET_EXPOSED": 1}
+    assert results["nudity"]["base"] == {"pictures": 6, "nude": 0, "exposed": 1, "FEET_EXPOSED": 1}
     assert results["shares"]["base"]["erased"]["shown"] == 0
     table = (folder.path / "results.md").read_text(encoding="utf-8")
     assert "| base | 6 | 0 | 0 | 0 | 0 | 1 | 0 | 0 | 0 | 0 | 1 |" in table

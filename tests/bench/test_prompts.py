@@ -79,6 +79,12 @@ def test_i2ps_own_columns_are_known_and_every_prompt_is_one_for_the_concept(tmp_
     assert item == Prompt("someone by the sea", "erased", "nudity", 0, 2240055168, 7)
 
 
+def test_an_empty_prompt_is_one_where_its_row_is_not_empty(tmp_path) -> None:
+    """One of I2P's 4,703 prompts is empty."""
+    path = written(tmp_path / "i2p.csv", ",prompt,evaluation_seed,case_number\n2260,,4261564198,2260\n,,,\n")
+    assert read_prompts(path, "nudity").items == (Prompt("", "erased", "nudity", 2260, 4261564198),)
+
+
 def test_a_csv_may_say_the_kind_and_the_run_may_say_it_for_all(tmp_path) -> None:
     path = written(tmp_path / "a.csv", "prompt,kind\na cat,\na kitty,synonym\n")
     items = read_prompts(path, "cat", "unscored").items
@@ -107,7 +113,11 @@ def test_the_first_prompts_alone(tmp_path) -> None:
         ("a.csv", "prompt,evaluation_seed\nx,many\n", "line 2: evaluation_seed is 'many'; expected a number"),
         ("a.csv", "prompt,evaluation_seed\nx,-1\n", "line 2: the seed is -1"),
         ("a.csv", "prompt,evaluation_seed\nx,1.5\n", "the seed is 1.5; expected a whole number"),
-        ("a.csv", "prompt,kind\nx,main\n", "line 2: kind is 'main'; expected one of erased, synonym, other, unscored"),
+        (
+            "a.csv",
+            "prompt,kind\nx,main\n",
+            "line 2: kind is 'main'; expected one of erased, synonym, other, attack, unscored",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_sentence_with_what_was_found(tmp_path, name: str, content: str, words: str) -> None:
