@@ -10,7 +10,10 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 
 async def comfy_entrypoint():
-    """The pack's extension object, imported when the host asks for it."""
+    """The pack's extension object, imported when the host asks for it; the server's policy comes first, if it has one."""
+    from .unguide_policy import install
+
+    install()
     from .nodes import UnGuideExtension
 
     return UnGuideExtension()

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dev.api import Api, ApiError
@@ -57,10 +57,17 @@ class Server:
         port: where it listens; None for a free port.
         keep_output: write to the workspace's own output and user folders, which stay.
         arguments: more command line arguments for ComfyUI.
+        variables: more environment variables.
     """
 
     def __init__(
-        self, host: Host, port: int | None = None, *, keep_output: bool = False, arguments: tuple[str, ...] = ()
+        self,
+        host: Host,
+        port: int | None = None,
+        *,
+        keep_output: bool = False,
+        arguments: tuple[str, ...] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         if port is not None:
             require_free(port)
@@ -80,7 +87,10 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.run_folder,
-                env=clean_environment() | host.environment() | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
+                env=clean_environment()
+                | host.environment()
+                | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+                | dict(variables or {}),
                 start_new_session=True,
             )
 
@@ -127,10 +137,15 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(
-    host: Host, port: int | None = None, *, keep_output: bool = False, arguments: tuple[str, ...] = ()
+    host: Host,
+    port: int | None = None,
+    *,
+    keep_output: bool = False,
+    arguments: tuple[str, ...] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """A server that answers, stopped at the end of the block however that comes; arguments as for Server."""
-    server = Server(host, port, keep_output=keep_output, arguments=arguments)
+    server = Server(host, port, keep_output=keep_output, arguments=arguments, variables=variables)
     try:
         server.wait_until_ready()
         yield server

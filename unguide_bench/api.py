@@ -108,10 +108,14 @@ class Api:
             self.check()
             raise NoAnswerError(f"ComfyUI at {self.url} does not answer: {error}") from error
 
-    def queue(self, graph: Graph) -> str:
-        """Queues a graph and returns its prompt id. Raises: PromptRejectedError with the reasons for each node."""
+    def queue(self, graph: Graph, **more: Any) -> str:
+        """Queues a graph and returns its prompt id. Raises: PromptRejectedError with the reasons for each node.
+
+        Args:
+            more: what else the request holds, such as partial_execution_targets.
+        """
         try:
-            answer = self._send("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})
+            answer = self._send("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex, **more})
         except urllib.error.HTTPError as error:
             raise PromptRejectedError(_json_or_text(error.read())) from None
         return str(json.loads(answer)["prompt_id"])
