@@ -10,7 +10,7 @@ __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
 
 
 async def comfy_entrypoint():
-    """The pack's extension object, imported when the host asks for it; the server's policy comes first, if it has one."""
+    """The pack's extension object, imported when the host asks for it; a server's policy, if any, comes first."""
     from .unguide_policy import install
 
     install()

@@ -18,6 +18,7 @@ SLOW = (
     "host/test_gate.py",
     "host/test_training.py",
     "host/test_windows.py",
+    "policy/test_server.py",
     "workflows/test_demo.py",
     "workflows/test_failures.py",
     "workflows/test_runs.py",
@@ -33,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs the host, and what `python3 dev test --quick` leaves out."""
     for item in items:
         path = item.path.relative_to(ROOT / "tests").as_posix()
-        if path.startswith(("host/", "workflows/")):
+        if path.startswith(("host/", "policy/", "workflows/")):
             item.add_marker(pytest.mark.host)
         if path.startswith(SLOW):
             item.add_marker(pytest.mark.slow)

@@ -332,6 +332,14 @@ def _flipped(d: Draft) -> Link:
     return d.add("SamplerCustomAdvanced", 2, **given, sampler=d.add("KSamplerSelect", sampler_name="euler"))[0]
 
 
+def _little_by_little(d: Draft) -> Link:
+    """Image to image from a forest, each run below the noise level at which a gate probes by default."""
+    latent = d.ksampler(positive=d.text(FOREST))
+    for number in range(5):
+        latent = d.ksampler(latent_image=latent, denoise=0.4, seed=SEED + number)
+    return latent
+
+
 def _blended_latents(d: Draft) -> Link:
     one, other = d.ksampler(steps=2), d.ksampler(seed=SEED + 1, steps=2)
     return d.ksampler(latent_image=d.add("LatentBlend", samples1=one, samples2=other, blend_factor=0.5), denoise=0.8)
@@ -384,6 +392,9 @@ ATTACKS: dict[str, tuple[Build, str]] = {
     "in a region": (_with(_region), CAT),
     "batch of 3": (_batch, CAT),
     "unsampled noise": (_flipped, CAT),
+    "img2img, little by little": (_little_by_little, CAT),
+    "sigmas beyond the model's": (_jumping("200, 60, 14.6, 5, 2, 0.7, 0"), CAT),
+    "weighted (cat:-1.5)": (_with(_reworded("a photo of the (cat:-1.5)")), CAT),
     "blended latents": (_blended_latents, CAT),
     "own UnGuide at weight 1": (_weak_own, CAT),
     "own UnGuide, the same file at -1": (lambda d: _own(d, {"decide": "always erase"}, strength=-1.0), CAT),

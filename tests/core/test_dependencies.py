@@ -1,6 +1,7 @@
 """The direction of dependencies: unguide_core <- unguide_comfy <- nodes, unguide_core <- unguide_train, no other.
 
-unguide_bench stands beside them: it asks a running ComfyUI, and of the demo it has the judge."""
+unguide_policy stands beside nodes. unguide_bench stands apart: it asks a running ComfyUI, and of the demo it has the
+judge."""
 
 import ast
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "node_helpers", "server"}
-OURS = {"unguide_core", "unguide_comfy", "unguide_train", "unguide_bench", "nodes", "demo", "dev", "tests"}
+OURS = {"unguide_core", "unguide_comfy", "unguide_policy", "unguide_train", "unguide_bench"}
+OURS |= {"nodes", "demo", "dev", "tests"}
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "nudenet", "peft", "pydantic", "ray", "torchmetrics", "transformers"}
 EXTRAS |= {"jinja2", "yaml"}
 
@@ -21,6 +23,7 @@ FORBIDDEN = {
     "unguide_core": OURS - {"unguide_core"} | HOST | EXTRAS,
     "unguide_comfy": OURS - {"unguide_core", "unguide_comfy"} | EXTRAS,
     "nodes": OURS - {"unguide_core", "unguide_comfy", "nodes", "demo"} | EXTRAS | {"numpy", "PIL", "safetensors"},
+    "unguide_policy": OURS - {"unguide_core", "unguide_comfy", "unguide_policy"} | EXTRAS - {"yaml"},
     "unguide_train": OURS - {"unguide_core", "unguide_train"} | HOST,
     "unguide_bench": OURS - {"unguide_core", "unguide_bench", "demo"} | HOST,
 }
