@@ -9,7 +9,7 @@ from dev.inside import run_inside
 from dev.report import Progress
 
 SUMMARY = "send graphs and attacks to a server with and without a policy"
-EXTRA = "other arguments: --json FILE, --images N, --only TEXT, --soak IMAGES"
+EXTRA = "other arguments: --json FILE, --markdown FILE, --images N, --only TEXT, --soak IMAGES"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

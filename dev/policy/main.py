@@ -28,6 +28,7 @@ from dev.server import Server
 TIMES = 12
 """Runs of the unrelated image whose overhead is measured."""
 
+BEGIN, END = "<!-- policy: begin -->", "<!-- policy: end -->"
 BAD = ("unguarded", "changed", "failed")
 
 
@@ -234,19 +235,38 @@ def resident(server: Server) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return all rows in Markdown."""
-    heads = ("name", "without", "with", "evaluations", "status")
-    lines = [heads, ("---",) * len(heads)]
+    """Return rows in Markdown."""
+    heads = ("graph", "without", "with", "NFE", "status")
+    lines: list[tuple[str, ...]] = [heads, ("---",) * len(heads)]
     for one in rows:
         spent = one["evaluations"]
-        cells = {**one, "evaluations": "" if spent is None else f"{spent[0]:g} -> {spent[1]:g}"}
-        lines.append(tuple(str(cells[head]) for head in heads))
+        nfe = "" if spent is None else f"{spent[0]:g} -> {spent[1]:g}"
+        lines.append((one["name"], one["without"], one["with"], nfe, one["status"]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def document(results: dict[str, Any]) -> str:
+    """Return the results for a document: nodes of a kind counted, every other graph in the table."""
+    kinds = ("sampler ", "patch ")
+    rows, costs = results["rows"], results["overhead"]
+    counts = Counter(one["status"] for one in rows)
+    parts = [f"{len(rows)} graphs: {', '.join(f'{count} {word}' for word, count in counts.most_common())}."]
+    parts.append(
+        f"An unrelated image of 30 steps takes {costs['nfe_ratio_30_steps']:.3f}x the model evaluations, and "
+        f"{costs['milliseconds_besides_nfe']:.0f} ms besides them."
+    )
+    for kind in kinds:
+        found = Counter(one["status"] for one in rows if one["name"].startswith(kind))
+        words = ", ".join(f"{count} {word}" for word, count in found.most_common())
+        parts.append(f"Every {kind.strip()} node and name with its defaults, asked for the concept: {words}.")
+    parts.append(table([one for one in rows if not one["name"].startswith(kinds)]))
+    return "\n\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 dev policy")
     parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--markdown", type=Path, help="a document whose table is replaced, such as docs/policy.md")
     parser.add_argument("--images", type=int, default=2, help="of each graph (default: %(default)s)")
     parser.add_argument("--only", default="", help="only graphs with this in their name")
     parser.add_argument("--soak", type=int, metavar="IMAGES", help="generate so many images under the policy instead")
@@ -264,6 +284,9 @@ def main() -> None:
             sys.stdout.write(f"{table(results['rows'])}\n\n{dict(counts)}\n{results['overhead']}\n")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.markdown:
+        before, rest = options.markdown.read_text().split(BEGIN)
+        options.markdown.write_text(f"{before}{BEGIN}\n\n{document(results)}\n\n{END}{rest.split(END)[1]}")
     if not options.soak:
         sys.exit(any(one["status"] in BAD for one in results["rows"]))
 
