@@ -182,7 +182,7 @@ class PolicySampling(GatedSampling):
         """The verdicts of the client's erasure LoRAs, by the names that the client knows."""
         theirs = self.client.branches if self.client else ()
         return [
-            replace(verdicts[place], lora=replace(verdicts[place].lora, name=branch.lora.name))
+            replace(verdicts[place], node=branch.node, lora=replace(verdicts[place].lora, name=branch.lora.name))
             for branch, place in zip(theirs, self._places, strict=True)
         ]
 
