@@ -564,7 +564,7 @@ def _named(sampler: str) -> Build:
 
 
 def _with_sampler(node: str, info: Mapping[str, Any]) -> Build:
-    return lambda d: d.custom(d.guider(), sampler=d.add(node, **_defaults(info[node])))[0]
+    return lambda d: d.custom(d.guider(), sampler=d.add(node, **_defaults(info[node], d.model)))[0]
 
 
 def _patches(info: Mapping[str, Any]) -> Iterator[str]:
@@ -579,8 +579,7 @@ def _patches(info: Mapping[str, Any]) -> Iterator[str]:
 
 def _with_patch(node: str, info: Mapping[str, Any]) -> Build:
     def build(d: Draft) -> Link:
-        (key,) = [key for key, (kind, *_) in info[node]["input"]["required"].items() if kind == "MODEL"]
-        out = d.add(node, len(info[node]["output"]), **{key: d.model}, **_defaults(info[node]))
+        out = d.add(node, len(info[node]["output"]), **_defaults(info[node], d.model))
         d.model = out[0] if isinstance(out[0], list) else out
         return d.ksampler()
 
@@ -593,13 +592,18 @@ def _has_default(spec: list[Any]) -> bool:
     return "default" in options or (bool(choices) and (isinstance(kind, list) or kind == "COMBO"))
 
 
-def _defaults(node: Mapping[str, Any]) -> dict[str, Any]:
-    values = {}
+def _defaults(node: Mapping[str, Any], model: Link) -> dict[str, Any]:
+    """A node's inputs: the model, and for all others their defaults."""
+    values: dict[str, Any] = {}
     for key, spec in node["input"].get("required", {}).items():
         options = spec[1] if len(spec) > 1 else {}
         choices = spec[0] if isinstance(spec[0], list) else options.get("options", [])
-        if _has_default(spec):
+        if spec[0] == "MODEL":
+            values[key] = model
+        elif _has_default(spec):
             values[key] = options.get("default", choices[0] if choices else None)
+        elif spec[0] == "BOOLEAN":
+            values[key] = False
     return values
 
 
