@@ -33,6 +33,7 @@ def install() -> None:
         file = policy_file()
         if file is None:
             return
+        _require_out_of_reach(file)
         from .guard import Guard
         from .hooks import add_route, arm
         from .policy import load
@@ -43,3 +44,13 @@ def install() -> None:
     except BaseException as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise SystemExit(f"UnGuide: this server does not start, because its policy {file} is refused: {said}") from None
+
+
+def _require_out_of_reach(file: Path) -> None:
+    """Raises: ValueError if the file is where clients read or write."""
+    import folder_paths
+
+    folders = folder_paths.get_input_directory(), folder_paths.get_output_directory()
+    for folder in (*folders, folder_paths.get_temp_directory(), folder_paths.models_dir):
+        if file.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"clients can reach files in {folder}; move the policy's folder elsewhere")

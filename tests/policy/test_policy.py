@@ -98,6 +98,15 @@ def test_missing_prompts_and_a_missing_policy_end_the_start(policy, monkeypatch,
             pack_module("unguide_policy").install()
 
 
+def test_a_policy_where_clients_write_ends_the_start(monkeypatch, tmp_path):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setenv("UNGUIDE_POLICY", str(tmp_path / "policy.yaml"))
+    with pytest.raises(SystemExit, match="move the policy's folder elsewhere"):
+        pack_module("unguide_policy").install()
+
+
 @pytest.mark.parametrize("owner", [comfy.samplers.CFGGuider, comfy.model_base.BaseModel])
 def test_a_host_whose_functions_changed_ends_the_start(owner, policy, monkeypatch):
     name = "sample" if owner is comfy.samplers.CFGGuider else "apply_model"
