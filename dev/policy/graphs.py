@@ -11,8 +11,8 @@ from typing import Any
 
 from dev.api import Graph
 
-CHECKPOINT = "unguide-demo.safetensors"
-LORA = "unguide-demo/selective/cat.safetensors"
+CHECKPOINT = "unguide-demo-narrow.safetensors"
+LORA = "cat.safetensors"
 CONCEPT, CAT, SHIP, FOREST = "cat", "a photo of the cat", "a photo of the ship", "a photo of the forest"
 STEPS, CFG, SEED, SIDE = 12, 4.0, 7, 64
 

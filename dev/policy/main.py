@@ -21,7 +21,8 @@ from typing import Any
 from dev.api import NoAnswerError, seconds_of
 from dev.host import Host
 from dev.policy.graphs import CAT, CONCEPT, FORBIDDEN, GUARDED, SHIP, UNRELATED, Case, Draft, cases, put_back
-from dev.policy.servers import Shown, policy_server, show, write_policy
+from dev.policy.narrow import write_demo, write_policy
+from dev.policy.servers import Shown, policy_server, show
 from dev.report import DevError
 from dev.server import Server
 
@@ -154,16 +155,16 @@ def overhead(server: Server) -> list[float]:
     return times
 
 
-def measured(host: Host, policy: Path, images: int, only: str) -> dict[str, Any]:
+def measured(host: Host, demo: Path, policy: Path, images: int, only: str) -> dict[str, Any]:
     """Return all rows, and what the policy costs."""
-    with policy_server(host, None) as server:
+    with policy_server(host, demo, None) as server:
         chosen = [case for case in cases(server.api.get("/object_info"), images) if only in case.name]
         last = [case for case in put_back(images) if only in case.name]
         before = shown_by(server, chosen)
         queue_before = queued(server, images)
         plain = overhead(server)
         last_before = shown_by(server, last)
-    with policy_server(host, policy) as server:
+    with policy_server(host, demo, policy) as server:
         after = shown_by(server, chosen)
         queue_after = queued(server, images)
         guarded = overhead(server)
@@ -171,7 +172,7 @@ def measured(host: Host, policy: Path, images: int, only: str) -> dict[str, Any]
         stopped = stopped_in_mid_run(server)
     again = Draft(CAT, images)
     restarted = Case("after a restart in mid-run", (again.saved(again.ksampler()),))
-    with policy_server(host, policy) as server:
+    with policy_server(host, demo, policy) as server:
         restarted_after = show(server, restarted)
         last_after = shown_by(server, last)
     lines = [json.loads(line) for line in policy.with_name("policy.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -207,12 +208,12 @@ def _fields(one: Row) -> dict[str, Any]:
 # ------------------------------------------------------------------ soak
 
 
-def soak(host: Host, policy: Path, images: int) -> dict[str, Any]:
+def soak(host: Host, demo: Path, policy: Path, images: int) -> dict[str, Any]:
     """Return the server's memory over many images, concept and ship in turn, and the lines of its log."""
     log = policy.with_name("policy.jsonl")
     log.write_text("")
     memory = []
-    with policy_server(host, policy) as server:
+    with policy_server(host, demo, policy) as server:
         for number in range(images):
             draft = Draft((CAT, SHIP)[number % 2], 1)
             server.api.run(draft.saved(draft.ksampler(steps=6, seed=number)))
@@ -273,13 +274,14 @@ def main() -> None:
     options = parser.parse_args()
     host = Host.from_environment()
     with tempfile.TemporaryDirectory() as folder:
-        policy = Path(folder, "policy.yaml")
-        write_policy(host, policy)
+        demo, policy = Path(folder, "models"), Path(folder, "policy", "policy.yaml")
+        write_demo(host, demo)
+        write_policy(demo, policy)
         if options.soak:
-            results: dict[str, Any] = {"soak": soak(host, policy, options.soak)}
+            results: dict[str, Any] = {"soak": soak(host, demo, policy, options.soak)}
             sys.stdout.write(json.dumps(results, indent=1) + "\n")
         else:
-            results = measured(host, policy, options.images, options.only)
+            results = measured(host, demo, policy, options.images, options.only)
             counts = Counter(one["status"] for one in results["rows"])
             sys.stdout.write(f"{table(results['rows'])}\n\n{dict(counts)}\n{results['overhead']}\n")
     if options.json:

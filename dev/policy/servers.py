@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,12 +11,9 @@ from typing import Any
 
 from dev.api import ExecutionFailedError, PromptRejectedError
 from dev.host import Host
-from dev.pip import clean_environment
-from dev.policy.graphs import CHECKPOINT, Case
+from dev.policy.graphs import Case
 from dev.server import Server, running_server
-from dev.workspace import PACK
 
-ADAPTER = PACK / "demo" / "loras" / "selective" / "cat.safetensors"
 NODES = Path(__file__).with_name("custom_nodes")
 REFUSAL = "this server"
 """How the policy's errors begin."""
@@ -46,30 +41,14 @@ class Shown:
         return self.error.startswith(REFUSAL)
 
 
-def write_policy(host: Host, file: Path, **changed: str) -> str:
-    """Write a policy for the demo with the pack's own command, and return what that says.
-
-    Args:
-        changed: values by key, in place of the first that stands behind that key.
-    """
-    checkpoint = host.base_directory / "models" / "checkpoints" / CHECKPOINT
-    command = [sys.executable, "-m", "unguide_policy", "init", str(file), "--comfyui", str(host.comfyui)]
-    command += ["--checkpoint", str(checkpoint), "--adapter", str(ADAPTER)]
-    done = subprocess.run(command, cwd=PACK, capture_output=True, text=True, check=True, env=clean_environment())
-    content = file.read_text(encoding="utf-8")
-    for key, value in changed.items():
-        before, _, rest = content.partition(f"{key}: ")
-        content = f"{before}{key}: {value}\n{rest.partition(chr(10))[2]}"
-    file.write_text(content, encoding="utf-8")
-    return done.stdout
-
-
 @contextlib.contextmanager
-def policy_server(host: Host, policy: Path | None) -> Iterator[Server]:
-    """A server with the test's own nodes, under that policy or none."""
+def policy_server(host: Host, demo: Path, policy: Path | None) -> Iterator[Server]:
+    """A server with the narrow demo of a folder and the test's own nodes, under that policy or none."""
+    folders = {"custom_nodes": NODES, "checkpoints": demo / "checkpoints", "loras": demo / "loras"}
     with tempfile.TemporaryDirectory() as folder:
         paths = Path(folder, "paths.yaml")
-        paths.write_text(f"policy_test:\n  custom_nodes: {NODES}\n", encoding="utf-8")
+        lines = "".join(f"  {kind}: {path}\n" for kind, path in folders.items())
+        paths.write_text(f"policy_test:\n{lines}", encoding="utf-8")
         variables = {} if policy is None else {"UNGUIDE_POLICY": str(policy)}
         with running_server(host, arguments=("--extra-model-paths-config", str(paths)), variables=variables) as server:
             yield server

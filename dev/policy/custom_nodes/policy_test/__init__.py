@@ -1,7 +1,13 @@
-"""A custom node pack of the measuring server: node expansion, and a node that puts the host's function back."""
+"""A custom node pack of the measuring server: node expansion, and a node that puts the host's function back.
+
+It also lets the host take the demo model at its narrow width for SD 1.5, see `dev.policy.narrow`.
+"""
 
 import comfy.samplers
+from comfy.supported_models import SD15
 from comfy_execution.graph_utils import GraphBuilder
+
+SD15.unet_config = {key: value for key, value in SD15.unet_config.items() if key != "model_channels"}
 
 
 class ExpandToSampler:
