@@ -60,7 +60,7 @@ def test_an_unrelated_image_is_shown(server, by_name):
 
 
 @pytest.mark.parametrize(
-    "name", ["LoraLoaderModelOnly, the adapter at -1", "a hook with the adapter at -1", "training, UnGuide's"]
+    "name", ["LoraLoaderModelOnly, the adapter at -1", "a hook with the adapter at -1", "training, the host's"]
 )
 def test_a_refusal_reaches_the_client_without_a_path_of_the_pack(name, server, by_name):
     shown = show(server, by_name[name])
