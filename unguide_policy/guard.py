@@ -12,8 +12,8 @@ from comfy.patcher_extension import WrappersMP
 
 from ..unguide_comfy.blend.state import RUN
 from ..unguide_comfy.blend.wrapper import bare, blended_prediction
-from ..unguide_comfy.gate.attach import GatedSampling
-from ..unguide_comfy.gate.gate import Branch, gated_conditionals
+from ..unguide_comfy.gate.attach import GatedSampling, gate_wrappers
+from ..unguide_comfy.gate.gate import Branch
 from ..unguide_comfy.lora.match import match
 from ..unguide_comfy.model.key import OURS, base_hash, has_forward_patches
 from ..unguide_comfy.model.task import Task
@@ -65,11 +65,8 @@ class Guard:
             to[PASSAGE] = Passage(frozenset(entry.get("uuid") for entry in every))
             guider.model_patcher = bare(guider.model_patcher)
             wrappers = to.get("wrappers", {})
-            for kind, wrapper in (
-                (WrappersMP.SAMPLER_SAMPLE, sampling),
-                (WrappersMP.CALC_COND_BATCH, gated_conditionals),
-                (WrappersMP.APPLY_MODEL, blended_prediction),
-            ):  # first, and so outermost
+            ours = {WrappersMP.APPLY_MODEL: blended_prediction, **gate_wrappers(sampling)}
+            for kind, wrapper in ours.items():  # first, and so outermost
                 others = {key: found for key, found in wrappers.get(kind, {}).items() if key != OURS}
                 wrappers = {**wrappers, kind: {OURS: [wrapper], **others}}
             to["wrappers"] = wrappers

@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..unguide_comfy.gate.attach import GatedSampling
 from ..unguide_comfy.gate.gate import Branch
+from ..unguide_comfy.model.key import OURS
 from ..unguide_comfy.probe.conds import Context, Entry
 from ..unguide_comfy.probe.settings import ALWAYS
 from ..unguide_comfy.report.records import Cost, Verdict
@@ -52,7 +53,8 @@ def _guidance_patches(options: dict[str, Any]) -> list[Any]:
     functions = [options.get(name) for name in ("sampler_cfg_function", "sampler_calc_cond_batch_function")]
     lists = [options.get(name, []) for name in ("sampler_pre_cfg_function", "sampler_post_cfg_function")]
     wrappers = options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.PREDICT_NOISE, {})
-    return [each for each in (*functions, *lists, *wrappers.values()) if each]
+    others = [found for key, found in wrappers.items() if key != OURS]
+    return [each for each in (*functions, *lists, *others) if each]
 
 
 class PolicySampling(GatedSampling):
@@ -157,7 +159,7 @@ class PolicySampling(GatedSampling):
     def decided(self) -> bool:
         """Return whether every adapter of the policy has decided, or acts without a gate."""
         pairs = self._pairs()
-        return bool(pairs) and all(verdict.decisions or verdict.decide == ALWAYS for _, verdict in pairs)
+        return bool(pairs) and all(_is_decided(verdict) for _, verdict in pairs)
 
     def blanked(self, latent: torch.Tensor) -> torch.Tensor:
         """Return a latent [B, C, ...] that is zero in the images to be blank."""
@@ -227,6 +229,11 @@ class Previews:
             step, x0, x, total = self._last
             self._last = None
             self.callback(step, self.sampling.blanked(x0), self.sampling.blanked(x), total)
+
+
+def _is_decided(verdict: Verdict) -> bool:
+    """Whether no sample is open: a batch in which one is has a weight for each, and fewer decisions."""
+    return verdict.decide == ALWAYS or 0 < len(verdict.weights) <= len(verdict.decisions)
 
 
 def _detected(verdict: Verdict) -> bool:

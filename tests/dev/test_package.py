@@ -17,7 +17,17 @@ from dev.report import Progress
 from dev.server import Server, running_server
 from dev.workspace import PACK
 
-SHIPPED = {"nodes", "unguide_core", "unguide_comfy", "web", "locales", "workflows", "subgraphs", "demo"}
+SHIPPED = {
+    "nodes",
+    "unguide_core",
+    "unguide_comfy",
+    "unguide_policy",
+    "web",
+    "locales",
+    "workflows",
+    "subgraphs",
+    "demo",
+}
 FILES = {"__init__.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "NOTICE"}
 DEMO_CODE = {"demo/__init__.py", "demo/seed.py", "demo/shapes.py"}
 

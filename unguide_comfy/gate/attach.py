@@ -66,10 +66,18 @@ def guided(
         Branch(lora, match(lora.adapter, clone.model, lora.name).layers, settings, decision, start, node)
         for lora, decision in zip(loras, decisions or [None] * len(loras), strict=True)
     ]
-    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, OURS, gated_conditionals)
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, OURS, gated_windows)
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, OURS, GatedSampling((*earlier, *branches), observer))
+    for kind, wrapper in gate_wrappers(GatedSampling((*earlier, *branches), observer)).items():
+        clone.add_wrapper_with_key(kind, OURS, wrapper)
     return clone
+
+
+def gate_wrappers(sampling: GatedSampling) -> dict[str, Callable[..., Any]]:
+    """Return the wrappers that gate a run, by the host's kind; the blend's comes beside them (`blend.wrapper`)."""
+    return {
+        WrappersMP.CALC_COND_BATCH: gated_conditionals,
+        WrappersMP.PREDICT_NOISE: gated_windows,
+        WrappersMP.SAMPLER_SAMPLE: sampling,
+    }
 
 
 class GatedSampling:
