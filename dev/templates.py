@@ -85,6 +85,74 @@ def report(source: Output, height: int) -> Node:
     return Node("report", "PreviewAny", height, {"source": source}, "Report")
 
 
+ERASE = Template(
+    "0_erase_a_word",
+    (
+        Column(
+            NARROW + 40,
+            (
+                Group(
+                    "1. Model, and the word to erase",
+                    (
+                        demo_model(),
+                        Node(
+                            "lora",
+                            "UnGuideEraseConcept",
+                            600,
+                            {"model": of_model("model"), "clip": of_model("clip"), "concept": "cat"},
+                        ),
+                    ),
+                ),
+                readme(
+                    """
+## Erase a word
+
+**Erase Concept** makes an erasure LoRA from a word: no training, no file. **UnGuide Sampler** is a KSampler
+that uses it only where your prompt asks for the concept.
+
+- **If it does**, the image is generated without it.
+- **If it does not**, you get exactly KSampler's image, bit for bit.
+
+**Try it:** press *Run*. Then change *Prompt* to *a photo of the dog* and run again.
+
+For a model of your own, put *Load Checkpoint* (SD 1.x, SD 2.x, SDXL) in place of the demo model, and type your
+own *concept*.
+""",
+                    420,
+                ),
+            ),
+        ),
+        Column(
+            NARROW + 40,
+            (
+                Group("2. What to generate", prompts(of_model("clip"), SIZE)),
+                Group(
+                    "What was erased",
+                    (Node("erased", "PreviewAny", 300, {"source": Output("lora", "report")}, "What was erased"),),
+                ),
+            ),
+        ),
+        Column(NARROW + 40, (Group("3. Sample", (unguide_sampler(of_model("model")),)),)),
+        Column(
+            NARROW + 40,
+            (
+                Group(
+                    "4. Image",
+                    (
+                        *decoded(Output("sampler", "latent"), of_model("vae"), "erase_a_word"),
+                        *enlarged("Image, enlarged", 380, Output("decode", "IMAGE")),
+                    ),
+                ),
+            ),
+        ),
+        Column(WIDE, (Group("5. Report", (report(Output("sampler", "report"), 500),)),)),
+    ),
+    app=(
+        (("prompt", "text"), ("lora", "concept"), ("sampler", "seed"), ("report", "preview_text")),
+        ("shown", "sampler", "report"),
+    ),
+)
+
 QUICK_START = Template(
     "1_quick_start",
     (
@@ -617,7 +685,7 @@ For SDXL, set both sizes to 1024 x 1024. For a style, change *prefix* to *a pain
     ),
 )
 
-TEMPLATES = (QUICK_START, PROBE, COMPARISON, CUSTOM, TRAIN, TRAIN_OWN)
+TEMPLATES = (ERASE, QUICK_START, PROBE, COMPARISON, CUSTOM, TRAIN, TRAIN_OWN)
 
 
 def _both(*names: str) -> dict[str, tuple[tuple[str, str], ...]]:

@@ -28,6 +28,7 @@ SMALL = {"width": 64, "height": 64, "ckpt_name": "unguide-demo.safetensors"}
 BASE = "1: base"
 TITLES = {"the model": BASE, "the LoRA alone": "2: LoRA only", "UnGuide": "3: UnGuide"}
 CAPTIONS = {
+    "0_erase_a_word": ("the model", "a word: erased", "a dog: the same"),
     "1_quick_start": ("the model", "a cat: erased", "a dog: the same"),
     "2_probe_then_sample": ("the model", "detected: cat", "not detected"),
     "4_custom_sampling": ("the model", "any sampler: cat", "any sampler: dog"),

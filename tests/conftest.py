@@ -14,6 +14,7 @@ SLOW = (
     "host/test_benchmark.py",
     "host/test_blending.py",
     "host/test_decisions.py",
+    "host/test_erase.py",
     "host/test_foreign.py",
     "host/test_gate.py",
     "host/test_training.py",
@@ -25,6 +26,7 @@ SLOW = (
     "bench/test_runs.py",
     "bench/test_suites.py",
     "bench/test_technique.py",
+    "dev/test_instant.py",
     "train/",
 )
 """Below tests/, what takes more than half a minute: training, sampling at length, servers that run whole workflows."""

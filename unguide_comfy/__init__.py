@@ -7,6 +7,7 @@
     report/   what the user sees
     gate/     when the gate decides, and what follows
     train/    an erasure LoRA trained on the model as it is loaded
+    erase/    an erasure LoRA in closed form, without training
 
 Each folder imports only from those above it.
 """

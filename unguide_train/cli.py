@@ -9,7 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from unguide_core.closed_form import ClosedForm
+from unguide_core.training.prompts import lines
 from unguide_core.training.recipe import PRESETS
+from unguide_core.vocabulary import KEPT_PROMPTS, KINDS, Edit, pairs_of
 
 from .config import Concept, Config, ConfigError, from_values, read_yaml
 
@@ -67,6 +70,16 @@ def parser() -> argparse.ArgumentParser:
         "--ray", metavar="ADDRESS", help="train on Ray: auto (the cluster that is running), local, or an address"
     )
     made.add_argument("--workers", type=int, help="of --ray local (default: one per core)")
+    closed = made.add_argument_group("without training")
+    closed.add_argument(
+        "--closed-form", action="store_true", help="solve for the LoRA instead of training it: see docs/closed-form.md"
+    )
+    closed.add_argument("--list", type=Path, help="file of concepts, a line each: 'cat, kitty, feline -> forest'")
+    closed.add_argument("--kind", choices=KINDS, default="object", help="how prompts name the concepts")
+    closed.add_argument("--prompts", type=Path, help="file of further prompts to erase: 'prompt -> replacement' lines")
+    closed.add_argument("--keep", type=Path, help="file of prompts to keep besides the shipped ones, one per line")
+    closed.add_argument("--shipped", type=int, default=KEPT_PROMPTS, help="number of shipped prompts to keep")
+    closed.add_argument("--joint", action="store_true", help="write one LoRA for all concepts instead of one each")
     return made
 
 
@@ -99,6 +112,29 @@ def config_of(options: argparse.Namespace) -> Config:
     return from_values(values)
 
 
+def task_of(options: argparse.Namespace) -> Any:
+    """Returns what to erase in closed form, a `closed_form.Task`. Raises: ConfigError."""
+    from .closed_form import Task, read_list
+
+    if options.config or options.ray:
+        raise ConfigError("--closed-form takes neither --config nor --ray; name concepts with --concept or --list")
+    if options.base is None or options.out is None:
+        raise ConfigError("--closed-form needs --base, the model, and --out, the file or folder to write")
+    try:
+        edits = read_list(options.list, options.kind) if options.list else ()
+        more = pairs_of(options.prompts.read_text(encoding="utf-8")) if options.prompts else ()
+        kept = lines(options.keep.read_text(encoding="utf-8")) if options.keep else ()
+        if options.concept or more:
+            reference = options.reference or KINDS[options.kind].reference or ""
+            own = Edit(options.concept or "", reference, tuple(options.synonym), options.kind, more=more)
+            edits = (own, *edits)
+        changes = {"rank": options.rank, "eta": options.erasure_strength}
+        settings = ClosedForm(**{name: value for name, value in changes.items() if value is not None})
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    return Task(options.base, edits, options.out, options.tokenizer, options.joint, kept, options.shipped, settings)
+
+
 def results(config: Config, options: argparse.Namespace) -> Iterator[tuple[Concept, Any]]:
     """Yields every concept with its summary, or the exception that it failed with."""
     if options.ray:
@@ -128,15 +164,34 @@ def table(rows: Sequence[Any]) -> str:
     return "\n".join(lines)
 
 
+def erased(task: Any) -> int:
+    """Writes the adapters of a `closed_form.Task`; returns 0 if all were written, else 1."""
+    from .closed_form import erase
+
+    done: list[Any] = []
+    try:
+        done += erase(task, log.info)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.stderr.write(f"unguide_train: {error}\n")
+        return 1
+    sys.stdout.write(table(done) + "\n")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains the concepts; returns 0 if all were written, 1 if one failed, 2 for wrong settings."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser().parse_args(arguments)
     try:
-        config = config_of(options)
+        if options.closed_form:
+            task = task_of(options)
+        else:
+            config = config_of(options)
     except ConfigError as error:
         sys.stderr.write(f"unguide_train: {error}\n")
         return 2
+    if options.closed_form:
+        return erased(task)
     done, failed = [], False
     try:
         for concept, result in results(config, options):

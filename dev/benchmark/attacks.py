@@ -39,16 +39,17 @@ class Trial:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def attacks(studio: Studio, concept: str, latents: Any) -> Iterator[tuple[str, list[Trial]]]:
+def attacks(studio: Studio, concept: str, latents: Any, kind: str) -> Iterator[tuple[str, list[Trial]]]:
     """Yield every attack on a concept, by name.
 
     Args:
+        kind: the set whose erasure LoRA texts are optimised on.
         latents: the base model's images of the concept, [B, 4, 8, 8]: to start from, and to learn embeddings from.
     """
     for name, prompts in hidden(concept).items():
         yield name, [Trial(prompt, studio.encode(prompt)) for prompt in prompts]
     yield "word optimised on base", [Trial("a photo of the *", optimised(concept, latents))]
-    lora = studio.lora("selective", concept)
+    lora = studio.lora(kind, concept)
     yield "text optimised on the LoRA", [Trial("(text states)", optimised(concept, latents, lora))]
     evading = optimised(concept, latents, lora, evading=True)
     yield "text optimised on the LoRA and the text stage", [Trial("(text states)", evading)]

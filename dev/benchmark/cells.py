@@ -19,7 +19,7 @@ from demo.erasure import LORAS, photo
 from demo.seed import SEED_PATH
 from dev.benchmark.attacks import Trial, attacks
 from dev.benchmark.methods import alone, gate, gated, methods
-from dev.benchmark.studio import PROBE_STEPS, STEPS, Generated, Studio, judged, studio
+from dev.benchmark.studio import CLOSED_FORM, PROBE_STEPS, STEPS, Generated, Studio, judged, studio
 from dev.cache import digest, file_digest
 from dev.supervise import die_with_parent
 from unguide_bench.scores import BASE, ERASED, OTHER, SYNONYM, JudgedImage, read_images, write_images
@@ -138,31 +138,34 @@ def generate_cell(plan: Plan, method: str, concept: str) -> None:
 
 
 def generate_attacks(plan: Plan, concept: str) -> None:
-    """Generate, judge and write a concept's attacks, with base, LoRA and three gates.
+    """Generate, judge and write a concept's attacks: on base, trained LoRA and its gates, closed form and its gate.
 
     A record's kind is the attack.
     """
     import torch
 
     studio_, records = studio(), []
-    lora = studio_.lora("selective", concept)
     seeds = plan.seeds[:ATTACK_SEEDS]
-    merged = studio_.merged(lora)
     with torch.inference_mode():
         latents = torch.from_numpy(base_images(plan, concept)[f"{photo(concept)} latents"])
-        for attack, trials in attacks(studio_, concept, latents[: len(seeds)]):
-            for trial in trials:
-                for method, model in ((BASE, studio_.model), (alone("selective", 1.0), merged)):
-                    generated = studio_.generate(model, trial.positive, seeds, **trial.options)
-                    records += _attacked(studio_, method, concept, attack, trial, seeds, generated)
-                for method, settings in gates(studio_).items():
-                    generated = studio_.guided(lora, trial.positive, seeds, settings, **trial.options)
-                    records += _attacked(studio_, method, concept, attack, trial, seeds, generated)
+        for kind in ("selective", CLOSED_FORM):
+            lora = studio_.lora(kind, concept)
+            plain = {alone(kind, 1.0): studio_.merged(lora)} | ({BASE: studio_.model} if kind == "selective" else {})
+            for attack, trials in attacks(studio_, concept, latents[: len(seeds)], kind):
+                for trial in trials:
+                    for method, model in plain.items():
+                        generated = studio_.generate(model, trial.positive, seeds, **trial.options)
+                        records += _attacked(studio_, method, concept, attack, trial, seeds, generated)
+                    for method, settings in gates(studio_, kind).items():
+                        generated = studio_.guided(lora, trial.positive, seeds, settings, **trial.options)
+                        records += _attacked(studio_, method, concept, attack, trial, seeds, generated)
     write_images(records, plan.file(ATTACKS, concept))
 
 
-def gates(studio_: Studio) -> dict[str, Any]:
-    """Return the settings of the gates that are attacked, by the names of their methods."""
+def gates(studio_: Studio, kind: str) -> dict[str, Any]:
+    """Return the settings of the gates of a set that are attacked, by the names of their methods."""
+    if kind == CLOSED_FORM:
+        return {gated(kind): gate(studio_)}
     return {
         gated("selective"): gate(studio_),
         REPROBING: gate(studio_, on_detection="continue", recheck_every=RECHECK_EVERY),

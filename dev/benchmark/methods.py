@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dev.benchmark.studio import PROBE_STEPS, STEPS, Generated, Studio
+from dev.benchmark.studio import CLOSED_FORM, PROBE_STEPS, STEPS, Generated, Studio
 from unguide_bench.scores import BASE
 
 Method = Callable[[Studio, str, str, Sequence[int]], Generated]
@@ -41,6 +41,7 @@ def methods() -> dict[str, Method]:
     for kind in SETS:
         every |= {alone(kind, strength): _alone(kind, strength) for strength in STRENGTHS}
         every |= {gated(kind, decide): _gated(kind, decide=decide) for decide in reversed(DECIDE)}
+    every |= {alone(CLOSED_FORM, 1.0): _alone(CLOSED_FORM, 1.0), gated(CLOSED_FORM): _gated(CLOSED_FORM)}
     every[RESTARTED] = _gated("selective", on_detection="restart")
     every[DOUBLED] = _gated("paper", 2.0)
     return every | {STRONGER: _gated("paper", weight_detected=-1.0)}

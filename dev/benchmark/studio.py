@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+from demo.captions import SYNONYMS
+from demo.text import LAYERS
 from dev.narrow_host import load_narrow_model, narrow_lora
 from dev.pack import counted, lora_patches, pack_module, start_host
 
@@ -19,6 +21,8 @@ CFG, STEPS, SAMPLER, SCHEDULER = 4.0, 10, "euler", "normal"
 PROBE_STEPS = 1
 """Of `STEPS`, after which gates probe: a tenth of the schedule, as by default."""
 LATENT = (4, 8, 8)
+CLOSED_FORM = "closed form"
+"""The set of erasure LoRAs that are made in closed form, in no file."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Studio:
         self.wide = wide
         self.checkpoint, self.clip, _ = nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)  # type: ignore[attr-defined]  # ComfyUI's nodes, not ours
         self.model = self.checkpoint if wide else load_narrow_model()
+        if not wide:  # these layers add zeros, and take most of the encoder's time
+            del self.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[LAYERS:]
         self.loras: dict[tuple[str, str, float], Any] = {}
         self.encoded: dict[str, Any] = {}
 
@@ -74,13 +80,27 @@ class Studio:
         return self.encoded[prompt]
 
     def lora(self, kind: str, concept: str, strength: float = 1.0) -> Any:
-        """Return an erasure LoRA of a set, for the studio's model."""
+        """Return an erasure LoRA of a set, for the studio's model; `CLOSED_FORM` ones are made here."""
         key = kind, concept, strength
-        if key not in self.loras:
+        if kind == CLOSED_FORM and key not in self.loras:
+            self.loras[key] = replace(self.closed_form(concept, SYNONYMS[concept]), strength=strength)
+        elif key not in self.loras:
             load = pack_module("unguide_comfy.lora.load").load_erasure_lora
             lora = load(f"unguide-demo/{kind}/{concept}.safetensors", strength, self.clip)
             self.loras[key] = lora if self.wide else narrow_lora(lora, self.model)
         return self.loras[key]
+
+    def closed_form(self, concept: str, synonyms: Sequence[str], **words: Any) -> Any:
+        """Return an erasure LoRA as the node Erase Concept makes it, with its defaults.
+
+        Args:
+            words: further fields of the node's `Words`.
+        """
+        erase = pack_module("unguide_comfy.erase.concept")
+        chosen = erase.Words((concept,), synonyms=(tuple(synonyms),), **words)
+        settings = pack_module("unguide_core.closed_form").ClosedForm()
+        (lora,), _ = erase.erase_concepts(self.model, self.clip, chosen, settings)
+        return lora
 
     def merged(self, lora: Any) -> Any:
         """Return a clone of the model with a LoRA merged by the host, as its own LoRA loader does it."""

@@ -29,7 +29,7 @@ FORBIDDEN = {
 }
 
 # the bridge's folders in the order that the data takes: each imports only from itself and from those before it
-BRIDGE = ("model", "lora", "blend", "probe", "report", "gate", "train")
+BRIDGE = ("model", "lora", "blend", "probe", "report", "gate", "train", "erase")
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

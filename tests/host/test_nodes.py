@@ -15,6 +15,7 @@ from tests.host.conftest import settings
 IDS = {
     f"UnGuide{name}"
     for name in (
+        "EraseConcept",
         "LoadErasureLora",
         "Calibrate",
         "Probe",

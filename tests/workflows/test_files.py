@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 from tests.workflows.conftest import STEMS, TWINS, WORKFLOWS
 
 EXPECTED = [
+    "0_erase_a_word",
     "1_quick_start",
     "2_probe_then_sample",
     "3_compare_base_lora_unguide",

@@ -13,12 +13,13 @@ from tests.workflows.conftest import CAT, DOG, STEMS, image, report, twin
 
 COMPARISON = "3_compare_base_lora_unguide"
 TRAINING = "5_train_erasure_lora"
+ERASING = "0_erase_a_word"
 OWN_CHECKPOINT = ("6_train_on_your_checkpoint",)
 COLUMNS = ("1: base", "2: LoRA only", "3: UnGuide")
 # fewer than the files have, to save time: nothing below depends on it
 STEPS = 10
 KEPT = "\n".join(f"a photo of the {word}" for word in ("dog", "bird", "ship", "car", "forest", "sea", "sky", "house"))
-FEW = {"iterations": 3, "sampling_steps": 2, "scenes": "", "keep_prompts": KEPT}
+FEW = {"iterations": 3, "sampling_steps": 2, "scenes": "", "keep_prompts": KEPT, "shipped_prompts": 20}
 # nothing is asked of what this trains
 FEWEST = {**FEW, "iterations": 1, "synonyms": "", "keep_prompts": "a photo of the dog"}
 IMAGE_NODES = (
@@ -107,7 +108,7 @@ def test_all_workflows_with_a_shipped_lora_generate_the_same_image(
 ) -> None:
     wanted = comparison(server, finished, prompt)[2]
     for stem in STEMS:
-        if stem not in (COMPARISON, TRAINING, *OWN_CHECKPOINT):
+        if stem not in (COMPARISON, TRAINING, ERASING, *OWN_CHECKPOINT):
             entry, graph = finished[stem, prompt]
             assert image(server, entry, graph, "Image") == wanted, stem
 
@@ -124,6 +125,20 @@ def test_a_lora_trained_in_the_graph_is_used_in_it_and_leaves_an_unrelated_image
     assert dog == dog_base
     assert decided(finished[TRAINING, CAT][0])["detected"] is True
     assert decided(finished[TRAINING, DOG][0])["detected"] is False
+
+
+def test_a_word_is_erased_in_the_graph_once_and_an_unrelated_image_is_the_base_models(
+    server: Server, finished: dict[tuple[str, str], Run]
+) -> None:
+    (cat, _), (dog, graph) = (finished[ERASING, prompt] for prompt in (CAT, DOG))
+    base = [comparison(server, finished, prompt)[0] for prompt in (CAT, DOG)]
+    assert image(server, cat, graph, "Image") != base[0]
+    assert image(server, dog, graph, "Image") == base[1]
+    (node,) = [key for key, value in graph.items() if value["class_type"] == "UnGuideEraseConcept"]
+    kept = [nodes for kind, data in dog["status"]["messages"] if kind == "execution_cached" for nodes in data["nodes"]]
+    assert node in kept
+    said = [output["text"][0] for output in cat["outputs"].values() if "text" in output]
+    assert any("no model evaluation" in text for text in said)
 
 
 def test_the_trained_lora_is_kept_for_the_next_prompt(finished: dict[tuple[str, str], Run]) -> None:

@@ -1,4 +1,4 @@
-"""A loaded model's own weights, without patches, whether the host has patched them in place or not.
+"""A loaded model's weights, without patches or with them, whether the host has patched them in place or not.
 
 The host's `get_key_patches` is no help here: it fails on quantised layers, whose scales are in the state dict but are
 not attributes of the layer.
@@ -6,8 +6,10 @@ not attributes of the layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import comfy.lora
 import torch
 
 DIFFUSION = "diffusion_model."
@@ -33,3 +35,20 @@ def dequantized(weight: torch.Tensor) -> torch.Tensor:
     """Return an ordinary tensor of the values that a weight of one of the host's quantised types stands for."""
     quantized = type(weight).dequantize is not torch.Tensor.dequantize
     return weight.dequantize() if quantized else weight  # type: ignore[no-untyped-call]
+
+
+def used_weights(patcher: Any, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return weights of a `ModelPatcher` as its network uses them: with patches, not quantised, float32 on the CPU.
+
+    Args:
+        names: as in `unpatched_weights`.
+    """
+    stored, used = unpatched_weights(patcher), {}
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        # quantised layers convert with what belongs to the layer, such as a scale
+        convert = getattr(patcher.model.get_submodule(module), f"convert_{kind}", dequantized)
+        weight = convert(stored[name]).detach().to("cpu", torch.float32, copy=True)
+        patches = patcher.patches.get(name)
+        used[name] = comfy.lora.calculate_weight(patches, weight, name) if patches else weight
+    return used

@@ -127,7 +127,7 @@ def prompts_for(
 
     words = tuple(dict.fromkeys((concept.strip(), *synonyms)))
     alone = [Pair(photo(word), photo(reference)) for word in words]
-    inside = [Pair(f"{_article(word)} {word} in the {scene}", photo(scene)) for word in words for scene in scenes]
+    inside = [Pair(f"{with_article(word)} in the {scene}", photo(scene)) for word in words for scene in scenes]
     return TrainingPrompts((*alone, *inside), tuple(prompt for prompt in kept if not names_a_word(prompt, words)))
 
 
@@ -166,5 +166,6 @@ def _evenly(prompts: Sequence[str], most: int) -> list[str]:
     return list(prompts[:: max(1, -(-len(prompts) // most))])
 
 
-def _article(word: str) -> str:
-    return "an" if word[:1].lower() in "aeiou" else "a"
+def with_article(word: str) -> str:
+    """Return a word behind "a", or "an" before a vowel."""
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"

@@ -109,6 +109,7 @@ class Training:
         sigmas: as for `Denoiser`.
         draws: the official iterations' random numbers; None samples them from the recipe's seed.
         watch: called while the selective loop generates latents to train at, with how many there are of how many.
+        fresh: whether the layers change nothing yet; False for those that an earlier method made.
     """
 
     def __init__(
@@ -126,13 +127,14 @@ class Training:
         sigmas: Tensor | None = None,
         draws: Iterator[Draw] | None = None,
         watch: Callable[[int, int], None] | None = None,
+        fresh: bool = True,
     ):
         self.predict, self.layers, self.prompts, self.recipe = predict, dict(layers), prompts, recipe
         self.shape, self.device, self.relieve, self.loss_scale = tuple(shape), device, relieve, loss_scale
         self.denoiser = Denoiser(predict, prompts.neutral, rows, sigmas)
         self.optimizer = optimizer_of(layers, recipe)
         self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.draws, self.watch = draws, watch
+        self.draws, self.watch, self.fresh = draws, watch, fresh
         self._generated = self._to_generate = 0
         self.losses: list[float] = []  # of every iteration
         self.held_out: list[float] = []  # every held-out loss, relative to the untrained adapter's
@@ -296,7 +298,7 @@ class Training:
     def _refreshed(self) -> Latents:
         """Latents of the adapted model's rollouts of prompts to erase, with their targets."""
         recipe, erased = self.recipe, self.prompts.erased
-        untrained = self.iteration == 0  # the adapter changes nothing yet: its predictions are the base model's
+        untrained = self.fresh and self.iteration == 0  # its predictions are the base model's
         # half of the trajectories are the concept's own prompt and those after it; the others are sampled from all
         chosen = torch.randint(len(erased), (recipe.trajectories,), generator=self.generator).tolist()
         chosen[: (recipe.trajectories + 1) // 2] = [i % len(erased) for i in range((recipe.trajectories + 1) // 2)]
