@@ -7,10 +7,14 @@ summation (`python3 dev benchmark` compares the two on every run). For measureme
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from dev.pack import pack_module
+
+COPIES = 5
+"""Of each channel of the narrow model in the shipped checkpoint."""
 
 
 def load_narrow_model() -> Any:
@@ -66,6 +70,27 @@ def narrow_lora(lora: Any, model: Any) -> Any:
 
     layers = {f"{PREFIX}{name}": layer for name, layer in narrowed(lora.adapter).items()}
     narrow = replace(lora, adapter=replace(lora.adapter, layers=layers))
+    content = dict(lora.adapter.card.calibration)
+    if content.get("image"):
+        image = pack_module("unguide_core.probe.image").ImageProbe.from_card(content["image"])
+        content["image"] = narrow_probe(image).to_card()
     keys = {"model": pack_module("unguide_comfy.model.key").model_key(model), "adapter": narrow.adapter.signature}
-    card = replace(lora.adapter.card, calibration={**lora.adapter.card.calibration, **keys})
+    card = replace(lora.adapter.card, calibration={**content, **keys})
     return replace(narrow, adapter=replace(narrow.adapter, card=card))
+
+
+def narrow_probe(probe: Any) -> Any:
+    """Return an image probe of the shipped checkpoint for the narrow model, whose channels are every fifth."""
+    return _rescaled(probe, lambda channel: channel // COPIES, 1 / COPIES)
+
+
+def wide_probe(probe: Any) -> Any:
+    """Return an image probe of the narrow model for the shipped checkpoint, of each channel's first copy."""
+    return _rescaled(probe, lambda channel: channel * COPIES, COPIES)
+
+
+def _rescaled(probe: Any, moved: Callable[[int], int], factor: float) -> Any:
+    channels = probe.width // 3
+    width = round(channels * factor)
+    places = tuple(place // channels * width + moved(place % channels) for place in probe.places)
+    return replace(probe, width=3 * width, places=places)

@@ -22,8 +22,9 @@ class CalibrateErasureLora(io.ComfyNode):
             node_id="UnGuideCalibrate",
             display_name="Calibrate Erasure LoRA",
             description="Measures how an erasure LoRA acts on prompts with its concept and on others, so that the gate "
-            "has a threshold with a known false-positive rate and needs no baseline while sampling. Do it once for a "
-            "model, and save the result with Save Erasure LoRA.",
+            "has a threshold with a known false-positive rate and needs no baseline while sampling. At the end it "
+            "generates about 64 images, from which the gate learns what the concept looks like. Do it "
+            "once for a model, and save the result with Save Erasure LoRA.",
             search_aliases=["unguide calibrate", "threshold", "false positive rate"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, with the patches with which it will be sampled."),

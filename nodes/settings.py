@@ -5,7 +5,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..unguide_comfy.probe.settings import CHOICES, DECIDE, ON_DETECTION, Settings
+from ..unguide_comfy.probe.settings import CHECK_IMAGE, CHOICES, DECIDE, ON_DETECTION, Settings
 from .wires import SettingsWire, advanced, schema
 
 DEFAULTS = Settings()
@@ -45,6 +45,14 @@ class UnGuideSettings(io.ComfyNode):
                     tooltip="When the concept is detected during sampling. continue: erase from that step on. restart: "
                     "generate the image again from its first step. automatic: restart only where continuing would "
                     "leave the concept's silhouette, as with few steps.",
+                ),
+                io.Combo.Input(
+                    "check_image",
+                    options=list(CHECK_IMAGE),
+                    default=DEFAULTS.check_image,
+                    tooltip="Whether the image itself is read, too, if the LoRA is calibrated: a start image or chosen "
+                    "noise can bring a concept that no prompt names. automatic: late in the run if that is free, and "
+                    "a start image at one model evaluation. always: at one more evaluation if it is not free.",
                 ),
                 io.Float.Input(
                     "false_positive_rate",

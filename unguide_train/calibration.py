@@ -17,7 +17,20 @@ from unguide_core.probe.calibration import (
     CalibrationPrompts,
     calibrated_levels,
 )
+from unguide_core.probe.image import (
+    CONCEPT_IMAGES,
+    OTHER_IMAGES,
+    SIGMA,
+    ImageProbe,
+    fit_image_probe,
+    image_features,
+    images_of,
+)
+from unguide_core.probe.image import (
+    STEPS as IMAGE_STEPS,
+)
 from unguide_core.probe.text import TextCalibration, calibrated_text, text_map
+from unguide_core.schedule import from_sigma_space
 from unguide_core.training.rollout import Denoiser, Latents, sampled_timesteps
 
 from .model import NAME, DiffusersPredictor
@@ -62,7 +75,53 @@ def calibrate(
     )
     assert isinstance(denoiser.predict, DiffusersPredictor)
     text = calibrate_text(denoiser.predict, text_prompts)
-    return Calibration(base_hash, adapter.signature, tuple(shape), CFG, OWN_REPEATS, levels[0], text)
+    image = image_probe(denoiser, prompts, shape, generator, device)
+    return Calibration(base_hash, adapter.signature, tuple(shape), CFG, OWN_REPEATS, levels[0], text, image)
+
+
+@torch.no_grad()
+def image_probe(
+    denoiser: Denoiser,
+    prompts: CalibrationPrompts[str],
+    shape: Sequence[int],
+    generator: torch.Generator,
+    device: torch.device | str,
+) -> ImageProbe | None:
+    """Returns the probe of the image stage, fitted to images of the base model; None where none tells them apart.
+
+    Args: as of `calibrate`; the empty prompt is left out of the others: it generates every concept now and then.
+    Raises: ValueError for features that are not finite.
+    """
+    others = [text for text in prompts.others if text != denoiser.neutral]
+    asked = (images_of((prompts.own, *prompts.concept), CONCEPT_IMAGES), images_of(others, OTHER_IMAGES))
+    if not all(asked):
+        return None
+    groups = [
+        _features(denoiser, [text for text, count in group for _ in range(count)], shape, generator, device)
+        for group in asked
+    ]
+    return fit_image_probe(*groups)
+
+
+def _features(
+    denoiser: Denoiser, texts: list[str], shape: Sequence[int], generator: torch.Generator, device: torch.device | str
+) -> Tensor:
+    """Features of one image of each prompt, [images, F], on the CPU."""
+    assert isinstance(denoiser.predict, DiffusersPredictor)
+    start, noise = (torch.randn((len(texts), *shape), generator=generator).to(device) for _ in range(2))
+    images = denoiser.rollout(start, sampled_timesteps(IMAGE_STEPS), 0.0, texts, CFG).latent
+    timestep = int((denoiser.sigmas - SIGMA).abs().argmin())
+    sigma = float(denoiser.sigmas[timestep])
+    found: list[Tensor] = []
+    hook = denoiser.predict.unet.mid_block.register_forward_hook(
+        lambda module, inputs, hidden: found.append(image_features(hidden).cpu())
+    )
+    try:
+        times = torch.full((len(texts),), timestep, device=device)
+        denoiser.eps(from_sigma_space(images + sigma * noise, sigma), times, [denoiser.neutral] * len(texts))
+    finally:
+        hook.remove()
+    return torch.cat(found)[-len(texts) :]  # where memory ran out, all were computed again
 
 
 @torch.no_grad()

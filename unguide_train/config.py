@@ -46,7 +46,7 @@ class Config(_Strict):
     precision: of the base model; the adapter is always float32.
     rows: maximum batch size.
     recipe: changes to the preset, by the names in `unguide_core.training.recipe.Recipe`.
-    calibrate: calibrate the adapter at the end; at most 1,300 model evaluations.
+    calibrate: calibrate the adapter at the end; at most 3,000 model evaluations.
     logs: folder for TensorBoard logs; None writes none.
     """
 

@@ -9,7 +9,7 @@ from dev.inside import run_inside
 from dev.report import Progress
 
 SUMMARY = "calibrate the demo's erasure LoRAs: thresholds and baselines in their cards"
-EXTRA = "other arguments: --set paper|selective, --concept NAME ..., --repeats N, --seed N, --text"
+EXTRA = "other arguments: --set paper|selective, --concept NAME ..., --repeats N, --seed N, --text, --images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,14 @@ def inference_mode():
         yield
 
 
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch):
+    """Calibrations fit their image probes to a few rough images, in seconds."""
+    image = pack_module("unguide_comfy.probe.image")
+    for name, few in {"CONCEPT_IMAGES": 8, "OTHER_IMAGES": 8, "STEPS": 2}.items():
+        monkeypatch.setattr(image, name, few)
+
+
 @pytest.fixture(scope="session")
 def manifest() -> dict[str, Any]:
     return json.loads((GOLDEN / "c_manifest.json").read_text())

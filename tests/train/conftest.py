@@ -15,6 +15,7 @@ from tests.conftest import pack_module
 from tests.host.conftest import CHECKPOINT, Demo, demo, inference_mode, text_lora, trained_adapter  # noqa: F401
 from unguide_core.adapter import Adapter
 from unguide_core.adapter.names import UNET, renamed
+from unguide_train import calibration
 from unguide_train.config import Config, from_values
 from unguide_train.model import inject
 
@@ -29,6 +30,13 @@ QUICK = {
     "check": 2,
 }
 SHAPE = (4, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch):
+    """Calibrations fit their image probes to a few rough images, in seconds."""
+    for name, few in {"CONCEPT_IMAGES": 8, "OTHER_IMAGES": 8, "IMAGE_STEPS": 2}.items():
+        monkeypatch.setattr(calibration, name, few)
 
 
 def in_the_graph(model: Any, encode: Callable[[str], Any], config: Config) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ from ..lora.match import match
 from ..model.key import OURS, model_key
 from ..probe.baseline import hash_ahead
 from ..probe.conds import Context
+from ..probe.rollout import schedule
 from ..probe.settings import Settings
 from ..report.progress import show
 from ..report.records import Cost, Verdict
 from .gate import GATE, Branch, Gate, Restart, gated_conditionals, gated_windows
+from .image import Shown
 from .official import OfficialSampling, Start
+from .steps import from_more_noise
 
 RunObserver = Callable[[Sequence[Verdict], Cost], None]
 
@@ -106,27 +110,19 @@ class GatedSampling:
         started = time.perf_counter()
         gate, extra_args = self._gate(guider, extra_args, latent_image, denoise_mask)
 
-        def sample() -> torch.Tensor:
+        def sample(levels: torch.Tensor) -> torch.Tensor:
             official = None
             if gate.as_paper:
-                official = OfficialSampling.replacing(gate.context, sigmas, noise, latent_image)
-            levels, start = (sigmas, noise) if official is None else (official.sigmas, official.noise)
+                official = OfficialSampling.replacing(gate.context, levels, noise, latent_image)
+            levels, start = (levels, noise) if official is None else (official.sigmas, official.noise)
             gate.watch(levels)
             out = executor(guider, levels, extra_args, callback, start, latent_image, denoise_mask, disable_pbar)
             return out if official is None else official.finished(out)
 
         try:
             gate.decide_before(noise.shape)
-            rewind = _random_state()
-            try:
-                latent = sample()
-                again = gate.decide_rest(noise.shape)
-            except Restart:
-                again = True
-            if again:
-                rewind()
-                gate.run.evaluations.discard()
-                latent = sample()
+            gate.images.read_start(sigmas, noise, latent_image)
+            latent = _sampled(gate, sample, sigmas, noise, latent_image)
         finally:  # the gate knows the options that hold it: without this the model would wait for a garbage collection
             extra_args["model_options"]["transformer_options"].pop(GATE)
         self.announce(gate.verdicts(), finished=True)
@@ -159,6 +155,62 @@ class GatedSampling:
         gate = Gate(branches, context, self.announce)
         options["model_options"]["transformer_options"][GATE] = gate
         return gate, options
+
+
+def _sampled(
+    gate: Gate,
+    sample: Callable[[torch.Tensor], torch.Tensor],
+    sigmas: torch.Tensor,
+    noise: torch.Tensor,
+    latent_image: torch.Tensor | None,
+) -> torch.Tensor:
+    """The sampled latent; what shows a concept is generated again, until no image shows one that was not erased yet.
+
+    Each time more samples are erased for more concepts, so it ends.
+    """
+    rewind, evaluations, latent = _random_state(), gate.run.evaluations, None
+    left, levels = gate.images.left(len(noise)), sigmas
+    if left is None or not bool(left.all()):
+        latent = _attempt(gate, sample, sigmas, noise.shape, rewind)
+        left = gate.images.left(len(noise))
+    while left is not None:
+        rewind()
+        evaluations.discard()
+        gate.erase_images()
+        if latent_image is not None and bool(latent_image.any()) and bool(noise.any()):
+            levels = from_more_noise(sigmas, partial(schedule, gate.context))
+        redone = _attempt(gate, sample, levels, noise.shape, rewind)
+        evaluations.plain = round(evaluations.plain * (len(sigmas) - 1) / (len(levels) - 1))
+        if redone is not None:
+            chosen = left.to(redone.device).view(-1, *[1] * (redone.ndim - 1))
+            latent = redone if latent is None else torch.where(chosen, redone, latent)
+        left = gate.images.left(len(noise))
+    assert latent is not None
+    return latent
+
+
+def _attempt(
+    gate: Gate,
+    sample: Callable[[torch.Tensor], torch.Tensor],
+    sigmas: torch.Tensor,
+    shape: torch.Size,
+    rewind: Callable[[], None],
+) -> torch.Tensor | None:
+    """One run, started again where the gate asks for it; None where every image shows a concept that is left."""
+    try:
+        try:
+            latent = sample(sigmas)
+            again = gate.decide_rest(shape)
+        except Restart:
+            again = True
+        if again:
+            rewind()
+            gate.run.evaluations.discard()
+            latent = sample(sigmas)
+        gate.images.read_finished(latent)
+    except Shown:
+        return None
+    return latent
 
 
 def _random_state() -> Callable[[], None]:

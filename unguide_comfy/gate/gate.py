@@ -25,6 +25,7 @@ from ..report.progress import show
 from ..report.records import Cost, Verdict
 from .before import predictions_before
 from .concept_delta import ConceptDelta
+from .image import ImageStage
 from .official import Start, decide_as_paper
 from .stages import STAGES, TRAJECTORY, Evidence
 from .steps import is_settled, step_of
@@ -71,6 +72,8 @@ class Gate:
         self.branches, self.context, self.run = tuple(branches), context, context.run
         self.announce = announce
         self.delta = ConceptDelta(context)
+        asked = [(b.lora, None if b.decision is not None or self.as_paper else b.settings) for b in self.branches]
+        self.images = ImageStage(context, asked)
         self.decisions: list[tuple[Decision | None, ...]] = []
         """Of each branch, one for the batch or one per sample; None where a sample is still open, () where all are."""
         for index, branch in enumerate(self.branches):
@@ -80,6 +83,7 @@ class Gate:
             if branch.decision is not None:
                 self._take([index], [(branch.decision,)])
         self._sigmas = torch.zeros(1)
+        self._bypassed = False
         self._next: dict[tuple[str, int], int] = {}
         """The step at which a stage is asked for a branch, by the stage's name and the branch."""
         self._restarted = False
@@ -125,7 +129,15 @@ class Gate:
 
     def _leave_conditionals(self) -> None:
         """Erase in the network's forward alone, because the run does not pass through `gated_conditionals`."""
-        self.run.outside = frozenset()
+        self.run.outside, self._bypassed = frozenset(), True
+
+    def erase_images(self) -> None:
+        """Erase from the first step on what the images were seen to show; the run has to be started again."""
+        self.images.erase()
+        for index in self.images.erased:
+            self._weigh(index)
+        if not self._bypassed:
+            self.run.outside |= frozenset(self.images.erased)
 
     def _decide_at_once(self, samples: int) -> None:
         """Ask the stages that need no latent; sample by sample, except where the prompt or a video is decided."""
@@ -151,6 +163,7 @@ class Gate:
     def watch(self, sigmas: torch.Tensor) -> None:
         """Set the steps of a run through these noise levels at which stages are asked."""
         self._sigmas = sigmas
+        self.images.watch(sigmas)
         for stage in STAGES:
             if stage.step is None:
                 continue
@@ -234,7 +247,7 @@ class Gate:
 
     def _is_decided(self, index: int) -> bool:
         """Whether every sample of a branch is decided."""
-        return bool(self.decisions[index]) and None not in self.decisions[index]
+        return self.images.is_erased(index) or (bool(self.decisions[index]) and None not in self.decisions[index])
 
     def _alike(self, indices: Sequence[int]) -> list[list[int]]:
         """The branches by their settings, those with equal ones together."""
@@ -256,15 +269,28 @@ class Gate:
             again = bool(self.branches[index].settings.recheck_every)
             kept = tuple(_kept(a, b, again) for a, b in zip(old, new, strict=True))
             self.decisions[index] = kept
-            self.run.weights[index] = _as_weight([1.0 if one is None else one.weight for one in kept])
+            self._weigh(index)
+
+    def _weigh(self, index: int) -> None:
+        """Set the weights that follow from what is decided so far."""
+        decided = [1.0 if one is None else one.weight for one in self.decisions[index]]
+        self.run.weights[index] = _as_weight(self.images.weights(index, decided or [1.0]))
 
     # what the user sees
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """Return what was decided so far."""
         return tuple(
-            Verdict(branch.lora, branch.settings.decide, _known(decisions), _numbers(weight), branch.node)
-            for branch, decisions, weight in zip(self.branches, self.decisions, self.run.weights, strict=True)
+            Verdict(
+                branch.lora,
+                branch.settings.decide,
+                _known(self.images.decisions(index, self.decisions[index])),
+                _numbers(self.run.weights[index]),
+                branch.node,
+                tuple(self.images.checks[index]),
+                self.images.notes[index],
+            )
+            for index, branch in enumerate(self.branches)
         )
 
     def cost(self, samples: int, seconds: float) -> Cost:
@@ -286,12 +312,14 @@ def gated_conditionals(
 
     What the gate detects is erased from this very prediction on, which is then computed again.
     """
-    out = executor(model, conds, x, sigma, model_options)
-    options = model_options.get("transformer_options", {})
-    gate: Gate | None = options.get(GATE)
+    gate: Gate | None = model_options.get("transformer_options", {}).get(GATE)
     if gate is None or gate.run.predicting is not None or model is not gate.context.model:
-        return out
+        return executor(model, conds, x, sigma, model_options)
     gate.passed = True
+    with gate.images.reading(sigma) as reading:
+        out = executor(model, conds, x, sigma, model_options)
+    if reading is not None and not gate.windowed:
+        gate.images.read(reading, conds, sigma)
     if not gate.windowed and gate.observe(conds, out, x, sigma) and gate.run.active():
         with gate.run.evaluations.of(None):
             out = executor(model, conds, x, sigma, model_options)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from math import log
 
 import torch
 
 SETTLED = 0.14
 """Progress after which the base model has settled the image's silhouette: erasing later leaves it, see docs/gate.md."""
+
+IMAGE_SIGMA, IMAGE_SIGMAS = 0.35, (0.02, 0.75)
+"""The noise level at which an image is best read during a run, and those between which it can be, see docs/gate.md."""
+
+FROM_NOISE = 0.8
+"""An image that shows the concept is generated again from at least this share of the schedule."""
 
 
 def step_of(sigmas: torch.Tensor, sigma: float) -> int:
@@ -53,3 +60,27 @@ def probing_step(sigmas: torch.Tensor, schedule: torch.Tensor, probe_steps: int)
 def is_settled(schedule: torch.Tensor, sigma: float) -> bool:
     """Return whether the base model has settled the image's silhouette by this noise level."""
     return progress(schedule, sigma) > SETTLED
+
+
+def reading_step(sigmas: torch.Tensor) -> int | None:
+    """Return the step at which a run's image is read: the one nearest to `IMAGE_SIGMA`; None where none is near."""
+    low, high = IMAGE_SIGMAS
+    near = {step: abs(log(s / IMAGE_SIGMA)) for step, s in enumerate(sigmas.tolist()[:-1]) if low <= s <= high}
+    return min(near, key=near.__getitem__, default=None)
+
+
+def from_more_noise(sigmas: torch.Tensor, schedule: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """Return a run's noise levels, with others before them if it starts from less than `FROM_NOISE` of a schedule.
+
+    Args:
+        schedule: makes the whole schedule of a number of steps, whose levels the run's are completed with.
+    """
+    fine = schedule(100)
+    share = 1.0 - progress(fine, float(sigmas[0]))
+    if share >= FROM_NOISE - 0.03:  # schedules of few steps round it
+        return sigmas
+    steps = len(sigmas) - 1
+    whole = schedule(min(round(steps / max(share, 0.01)), max(steps, 20)))
+    first = fine[round(100 * (1.0 - FROM_NOISE))]
+    between = whole[(whole < first) & (whole > sigmas[0] * 1.02)]
+    return torch.cat([first[None], between, sigmas.to(first)]).to(sigmas)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.samplers
@@ -23,6 +23,7 @@ from ...unguide_core.probe.calibration import (
     CalibrationPrompts,
     calibrated_levels,
 )
+from ...unguide_core.probe.image import ImageProbe
 from ...unguide_core.training.prompts import OTHER_PROMPTS, names_a_word
 from ..blend.state import RUN, Run
 from ..blend.wrapper import bare, blending, carrying
@@ -31,9 +32,15 @@ from ..lora.match import match
 from ..model.key import matches_model, model_key
 from ..model.task import run_on_model
 from .conds import Context
+from .image import fitted_probes
 from .predictions import Predictions
 from .rollout import noise_at, rollout, schedule
 from .text import reads_text_alone, text_calibration
+
+Result = TypeVar("Result")
+
+Shown = Callable[[int, int], None]
+"""Called with the number of prompts done and their total; raises where the user stops it."""
 
 IN_SCENES = ("{} in a forest", "{} on a street", "{} on a table")
 """Scenes in which the concept has to be detected as well."""
@@ -83,6 +90,59 @@ def calibrate(
         text_prompts: for the text stage, which needs no evaluations, likewise; none for the same prompts.
     Raises: ValueError if an erasure LoRA has no concept's or neutral prompt encoded, or there are no other prompts.
     """
+
+    def measured(context: Context, shape: tuple[int, ...], shown: Shown) -> list[Calibration]:
+        levels = calibrated_levels(
+            prompts,
+            _Prober(context, shape, settings.seed),
+            repeats=settings.repeats,
+            own_repeats=settings.own_repeats,
+            on_prompt=shown,
+        )
+        model, layers = context.guider.model_patcher, context.run.layers
+        asked = zip(layers, text_prompts or prompts, strict=True)
+        texts = [text_calibration(model, of_adapter, texts) for of_adapter, texts in asked]
+        images = fitted_probes(context, prompts, negative, shape, settings.seed, shown)
+        return [
+            Calibration(context.model_key, lora.adapter.signature, shape, settings.cfg, settings.own_repeats, *found)
+            for lora, *found in zip(loras, levels, texts, images, strict=True)
+        ]
+
+    return _on_model(model, loras, negative, latent, settings, measured, watch)
+
+
+def image_probes(
+    model: Any,
+    loras: Sequence[ErasureLora],
+    prompts: Sequence[CalibrationPrompts[Conditioning]],
+    negative: Conditioning,
+    latent: torch.Tensor,
+    settings: CalibrationSettings,
+) -> list[ImageProbe | None]:
+    """Return each erasure LoRA's image probe alone; None where images do not tell its concept from other things.
+
+    Args and Raises: as `calibrate`.
+    """
+    return _on_model(
+        model,
+        loras,
+        negative,
+        latent,
+        settings,
+        lambda context, shape, shown: fitted_probes(context, prompts, negative, shape, settings.seed, shown),
+    )
+
+
+def _on_model(
+    model: Any,
+    loras: Sequence[ErasureLora],
+    negative: Conditioning,
+    latent: torch.Tensor,
+    settings: CalibrationSettings,
+    measure: Callable[[Context, tuple[int, ...], Shown], list[Result]],
+    watch: Shown | None = None,
+) -> list[Result]:
+    """What `measure` returns in a run of the host, for the shape of one latent."""
     for lora in loras:
         if lora.concept is None or lora.neutral is None:
             raise ValueError(
@@ -101,25 +161,11 @@ def calibrate(
             watch(done, total)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-    def calibrated(guider: Any, extra_args: dict[str, Any], shape: torch.Size) -> list[Calibration]:
+    def measured(guider: Any, extra_args: dict[str, Any], shape: torch.Size) -> list[Result]:
         context = Context(guider, run, carrying(extra_args, **{RUN: run})["model_options"], key)
-        levels = calibrated_levels(
-            prompts,
-            _Prober(context, tuple(shape), settings.seed),
-            repeats=settings.repeats,
-            own_repeats=settings.own_repeats,
-            on_prompt=shown,
-        )
-        texts = [
-            text_calibration(base, layers, asked)
-            for layers, asked in zip(run.layers, text_prompts or prompts, strict=True)
-        ]
-        return [
-            Calibration(key, lora.adapter.signature, tuple(shape), settings.cfg, settings.own_repeats, found, text)
-            for lora, found, text in zip(loras, levels, texts, strict=True)
-        ]
+        return measure(context, tuple(shape), shown)
 
-    return run_on_model(guider, latent, settings.seed, calibrated)
+    return run_on_model(guider, latent, settings.seed, measured)
 
 
 def calibrate_from_texts(

@@ -14,6 +14,9 @@ DECIDE = (DURING, BEFORE, AS_PAPER, ALWAYS)
 CONTINUE, RESTART = "continue", "restart"
 ON_DETECTION = (AUTOMATIC, CONTINUE, RESTART)
 
+ALWAYS_CHECK, NEVER_CHECK = "always", "never"
+CHECK_IMAGE = (AUTOMATIC, ALWAYS_CHECK, NEVER_CHECK)
+
 CHOICES = (AUTOMATIC, *STATISTICS)
 
 
@@ -29,6 +32,9 @@ class Settings:
             prompt, against text that was optimised to get past the adapter.
         on_detection: when the concept is detected during sampling, "continue" erasing from that step on, "restart" the
             image, or "automatic": restart only where continuing would leave the concept's silhouette.
+        check_image: whether the image itself is read, too, where the adapter's calibration allows it: "automatic" where
+            that costs nothing, and the start image at one evaluation; "always" at one evaluation where it is not free;
+            "never".
         false_positive_rate: share of other prompts that a calibrated threshold may take for the concept.
         statistic: "influence", "alignment" or "paper" (`unguide_core.probe`); "automatic" takes influence where the
             adapter's calibration separates the concept from other prompts, else alignment, else what the inputs allow.
@@ -47,6 +53,7 @@ class Settings:
     decide: str = DURING
     resist_adversarial: bool = False
     on_detection: str = AUTOMATIC
+    check_image: str = AUTOMATIC
     false_positive_rate: float = 0.01
     statistic: str = AUTOMATIC
     threshold: float | None = None
@@ -61,7 +68,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (("decide", DECIDE), ("on_detection", ON_DETECTION), ("statistic", CHOICES)):
+        chosen = {"decide": DECIDE, "on_detection": ON_DETECTION, "check_image": CHECK_IMAGE, "statistic": CHOICES}
+        for name, choices in chosen.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
         if not 0.0 < self.false_positive_rate < 1.0:

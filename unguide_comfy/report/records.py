@@ -13,6 +13,26 @@ from ..probe.settings import ALWAYS
 
 
 @dataclass(frozen=True)
+class ImageCheck:
+    """What one reading of a batch's images said about one concept.
+
+    Args:
+        start: whether the start images were read, and not those that a run generates.
+        scores: of each sample, see `unguide_core.probe.image`.
+        shown: for each sample, whether it shows the concept.
+        step, sigma: where it was read in the run, from 0; None for start images and finished ones.
+        again: whether it is of images that were generated again because an earlier one showed the concept.
+    """
+
+    start: bool
+    scores: tuple[float, ...]
+    shown: tuple[bool, ...]
+    step: int | None = None
+    sigma: float | None = None
+    again: bool = False
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What one sampling run did with one erasure LoRA.
 
@@ -22,6 +42,8 @@ class Verdict:
         decisions: one for the whole batch, or one per sample; empty with "always erase", and before the decision.
         weights: the base model's in the blend, likewise.
         node: the id of the UnGuide node that put the erasure LoRA on the model; "" where another node did.
+        images: what the images showed, each time that they were read.
+        image_note: why they were not read; empty if they were, or if that was not wanted.
     """
 
     lora: ErasureLora
@@ -29,6 +51,8 @@ class Verdict:
     decisions: tuple[Decision, ...]
     weights: tuple[float, ...]
     node: str = ""
+    images: tuple[ImageCheck, ...] = ()
+    image_note: str = ""
 
     @property
     def decision(self) -> Decision | None:
@@ -48,6 +72,8 @@ class Verdict:
     @property
     def caveat(self) -> str:
         """Why the decision is less sure than it could be; empty where all is well."""
+        if any(check.again and any(check.shown) for check in self.images):
+            return "still shown"
         return self.decision.caveat if self.decision is not None else ""
 
     @property

@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ...unguide_core.probe import Decision
+from ...unguide_core.probe.image import THRESHOLD
 from ..probe.settings import ALWAYS
-from .records import Cost, Verdict
+from .records import Cost, ImageCheck, Verdict
 
 MAP_SIDE = 16
 """A map in the report has at most so many rows and columns."""
@@ -106,6 +107,8 @@ def _clause(verdict: Verdict, cost: Cost) -> str:
 def _when(decision: Decision, cost: Cost) -> str:
     if decision.step is not None:
         return f"at step {decision.step + 1} of {cost.steps}"
+    if decision.stage == "image":
+        return "in the image itself"
     read = "in the prompt, " if decision.stage == "text" else ""
     return f"{read}before the first step"
 
@@ -162,6 +165,20 @@ def _erasure(verdict: Verdict) -> dict[str, Any]:
         "reason": "" if decision is None else decision.reason,
         "decision": None if decision is None else json.loads(decision.to_json()),
         "samples": [_sample(one) for one in verdict.decisions],
+        "images": [_image(check) for check in verdict.images],
+        "images_note": verdict.image_note,
+    }
+
+
+def _image(check: ImageCheck) -> dict[str, Any]:
+    return {
+        "of": "the start image" if check.start else "the image",
+        "step": None if check.step is None else check.step + 1,
+        "sigma": None if check.sigma is None else round(check.sigma, 5),
+        "generated_again": check.again,
+        "shown": list(check.shown),
+        "scores": [round(score, 4) for score in check.scores],
+        "threshold": THRESHOLD,
     }
 
 

@@ -3,6 +3,7 @@
 text.py          what the adapter does to the prompt's text states, before any prediction
 statistics.py    what the predictions say: influence, alignment, the paper's statistic
 decision.py      the decision that follows
+image.py         whether an image shows the concept, whatever its prompt says
 spread.py        how scores are distributed, and thresholds for error rates
 calibration.py   the thresholds of one adapter, measured
 """
@@ -10,6 +11,7 @@ calibration.py   the thresholds of one adapter, measured
 from .decision import Decision, decide, decide_by
 from .statistics import (
     AUTOMATIC,
+    IMAGE_STATISTIC,
     STATISTICS,
     TEXT_STATISTICS,
     Statistic,
@@ -23,6 +25,7 @@ from .statistics import (
 
 __all__ = [
     "AUTOMATIC",
+    "IMAGE_STATISTIC",
     "STATISTICS",
     "TEXT_STATISTICS",
     "Decision",

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from .image import ImageProbe
 from .spread import Spread, mixed, threshold
 from .text import TextCalibration
 
@@ -117,6 +118,7 @@ class Calibration:
     repeats: noise seeds of the baselines.
     levels: by statistic, by falling noise level; none where only the text stage is calibrated.
     text: of the text stage; None where the adapter's layers read more than text.
+    image: of the image stage; None where the network's features cannot be read, or do not tell the concept apart.
     """
 
     model: str
@@ -126,6 +128,7 @@ class Calibration:
     repeats: int = 0
     levels: Mapping[str, tuple[Level, ...]] = field(default_factory=dict)
     text: TextCalibration | None = None
+    image: ImageProbe | None = None
 
     def at(self, statistic: str, sigma: float) -> Level | None:
         """Return a statistic's values at a noise level, interpolated in its logarithm.
@@ -161,7 +164,7 @@ class Calibration:
             return None
         try:
             levels = {name: tuple(map(_level, found)) for name, found in content["levels"].items()}
-            cfg, text = content["cfg"], content["text"]
+            cfg, text, image = content["cfg"], content["text"], content.get("image")
             return Calibration(
                 str(content["model"]),
                 str(content["adapter"]),
@@ -170,6 +173,7 @@ class Calibration:
                 int(content["repeats"]),
                 levels,
                 None if text is None else TextCalibration.from_card(text),
+                None if image is None else ImageProbe.from_card(image),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the card's calibration is damaged ({error!r}); calibrate the adapter anew") from error

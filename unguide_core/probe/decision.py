@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 
-from .statistics import TEXT_STATISTICS, Statistic, Values, paper_statistic
+from .statistics import IMAGE_STATISTIC, TEXT_STATISTICS, Statistic, Values, paper_statistic
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Decision:
 
     @property
     def stage(self) -> str:
-        """The stage of the gate that decided: "text" or "trajectory"."""
+        """The stage of the gate that decided: "text", "trajectory" or "image"."""
+        if self.statistics[0].name == IMAGE_STATISTIC:
+            return "image"
         return "text" if self.statistics[0].name in TEXT_STATISTICS else "trajectory"
 
     @property

@@ -21,6 +21,8 @@ STATISTICS = ("influence", "alignment", "paper")
 """The statistics of predictions."""
 TEXT_STATISTICS = ("text", "text norm")
 """The statistics of text states, see text.py."""
+IMAGE_STATISTIC = "image"
+"""The statistic of images, see image.py."""
 AUTOMATIC = "automatic"
 """In place of a statistic's name: the best one that the inputs and the calibration allow."""
 
@@ -113,7 +115,7 @@ def _require_same_shape(**predictions: Tensor) -> None:
 class Statistic:
     """One statistic of a probe with its threshold.
 
-    name: one of `STATISTICS` or `TEXT_STATISTICS`.
+    name: one of `STATISTICS` or `TEXT_STATISTICS`, or `IMAGE_STATISTIC`.
     score: alignment: the mean of `prompt`. influence: the mean of `prompt` / the mean of `concept`. paper: the mean of
         `prompt` / the mean of `neutral`; where the latter is 0, 1 if both are 0 and otherwise the largest float (JSON
         has no infinity).
@@ -134,7 +136,7 @@ class Statistic:
     lower: float | None = None
 
     def __post_init__(self) -> None:
-        names = (*STATISTICS, *TEXT_STATISTICS)
+        names = (*STATISTICS, *TEXT_STATISTICS, IMAGE_STATISTIC)
         if self.name not in names:
             raise ValueError(f"unknown statistic '{self.name}'; expected one of {', '.join(names)}")
         for field in ("score", "threshold"):
