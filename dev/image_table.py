@@ -66,7 +66,7 @@ class Row:
 def trials(at: Studio, concept: str, seeds: Sequence[int]) -> Iterator[tuple[str, Trial]]:
     """Yield every trial of a concept, with its kind."""
     plain = at.generate(at.model, at.encode(photo(concept)), seeds).latents
-    for kind, found in attacks(at, concept, plain):
+    for kind, found in attacks(at, concept, plain, "selective"):
         yield from ((kind, trial) for trial in found)
     reference, empty = photo(REFERENCES[concept]), ""
     for scene in UNSEEN:

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from demo.captions import SYNONYMS
-from demo.text import LAYERS
+from demo.shapes import TEXT_LAYERS
 from dev.narrow_host import load_narrow_model, narrow_lora
 from dev.pack import counted, lora_patches, pack_module, start_host
 
@@ -63,7 +63,7 @@ class Studio:
         self.checkpoint, self.clip, _ = nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)  # type: ignore[attr-defined]  # ComfyUI's nodes, not ours
         self.model = self.checkpoint if wide else load_narrow_model()
         if not wide:  # these layers add zeros, and take most of the encoder's time
-            del self.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[LAYERS:]
+            del self.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[TEXT_LAYERS:]
         self.loras: dict[tuple[str, str, float], Any] = {}
         self.encoded: dict[str, Any] = {}
 
