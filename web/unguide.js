@@ -37,7 +37,7 @@ function addVerdict(node) {
   if (!node.addDOMWidget) return;
   const element = document.createElement("div");
   Object.assign(element.style, {
-    boxSizing: "border-box", borderRadius: "8px", padding: "3px 10px", font: "600 13px/20px sans-serif",
+    boxSizing: "border-box", borderRadius: "8px", padding: "0 10px", font: "600 13px/20px sans-serif", maxHeight: "20px",
     textAlign: "center", whiteSpace: "nowrap", overflow: "hidden", textOverflow: "ellipsis", display: "none",
   });
   const height = () => (element.textContent ? 28 : 0);

@@ -91,6 +91,13 @@ def test_the_report_starts_with_what_happened_and_ends_with_the_keys(runs):
     assert max(map(len, numbers)) <= 2
 
 
+def test_a_decision_by_the_prompts_text_is_said_to_be_made_in_the_prompt(demo, text_lora):
+    observer = Observer()
+    ksampler(guided(demo.model, text_lora, observer=observer), demo.encode(CAT), demo.encode(""), steps=1)
+    first = text.report_text(observer.verdicts, observer.cost).split("\n\n")[0]
+    assert first == ("Detected 'cat' in the prompt, before the first step, and erased it; 0 extra model evaluations.")
+
+
 def test_the_report_of_several_adapters_has_one_sentence(runs):
     observer = runs[CAT]
     verdicts = [*observer.verdicts, *runs[UNRELATED[0]].verdicts]

@@ -98,10 +98,13 @@ def _clause(verdict: Verdict, cost: Cost) -> str:
     if found:
         where = "" if count == 1 else f" in {found} of {count} images"
         erased = min(verdict.weights) < 1.0
-        follows = "" if not cost.plain else " and erased it" if erased else " and left it, at weight 1"
-        return f"detected '{word}'{where} {when}{follows}"
-    untouched = cost.plain and set(verdict.weights) == {1.0}
-    return f"did not detect '{word}' {when}{' and left the image as it is' if untouched else ''}"
+        follows = "" if not cost.plain else "and erased it" if erased else "and left it, at weight 1"
+    else:
+        untouched = cost.plain and set(verdict.weights) == {1.0}
+        where, follows = "", "and left the image as it is" if untouched else ""
+    comma = "," if decision.step is None else ""
+    verb = "detected" if found else "did not detect"
+    return f"{verb} '{word}'{where} {when}" + (f"{comma} {follows}" if follows else "")
 
 
 def _when(decision: Decision, cost: Cost) -> str:
