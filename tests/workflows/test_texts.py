@@ -74,6 +74,16 @@ def test_every_node_has_a_help_page_that_names_each_of_its_slots(server: Server,
         assert sorted(named) == sorted(slots), node
 
 
+def test_the_images_of_the_help_pages_are_served_beside_them(server: Server, our_nodes: dict[str, Any]) -> None:
+    pack = next(iter(our_nodes.values()))["python_module"].rpartition(".")[2]
+    pages = [(DOCS / f"{node}.md").read_text(encoding="utf-8") for node in our_nodes]
+    shown = [name for page in pages for _, name in re.findall(r"!\[(.+?)\]\((.+?)\)", page)]
+    assert sorted(shown) == sorted(path.name for path in DOCS.glob("*.jpg"))
+    for name in shown:
+        assert server.api.request(f"/extensions/{pack}/docs/{name}") == (DOCS / name).read_bytes()
+    assert sum(path.stat().st_size for path in DOCS.iterdir()) < 1_000_000
+
+
 @pytest.mark.parametrize("name", ["decide", "on_detection", "statistic"])
 def test_the_help_page_of_the_settings_explains_every_choice(our_nodes: dict[str, Any], name: str) -> None:
     page = (DOCS / "UnGuideSettings.md").read_text(encoding="utf-8")
