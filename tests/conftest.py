@@ -26,6 +26,7 @@ SLOW = (
     "bench/test_runs.py",
     "bench/test_suites.py",
     "bench/test_technique.py",
+    "browser/",
     "dev/test_instant.py",
     "train/",
 )
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs the host, and what `python3 dev test --quick` leaves out."""
     for item in items:
         path = item.path.relative_to(ROOT / "tests").as_posix()
-        if path.startswith(("host/", "policy/", "workflows/")):
+        if path.startswith(("browser/", "host/", "policy/", "workflows/")):
             item.add_marker(pytest.mark.host)
         if path.startswith(SLOW):
             item.add_marker(pytest.mark.slow)

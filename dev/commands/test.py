@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from dev import prepare
+from dev import browser, cache, prepare
 from dev.host import Host
 from dev.pip import clean_environment
 from dev.report import Progress
@@ -17,7 +17,11 @@ SLOWEST = 15
 SUMMARY = "run the test suite in a real ComfyUI, or with --quick the cheap part of it (arguments go to pytest)"
 EXTRA = "any other arguments are pytest's (-k golden -s, tests/host)"
 # not `python -m pytest`: that puts the pack's folder first on the path, where nodes/ hides ComfyUI's nodes.py
-MODULES = ("pytest", "xdist", "hypothesis", "diffusers", "peft", "ray", "nudenet", "torchmetrics", "matplotlib")
+MODULES = (
+    *("pytest", "xdist", "hypothesis", "diffusers", "peft", "ray", "nudenet", "torchmetrics", "matplotlib"),
+    "playwright",
+)
+BROWSER = "tests/browser"
 START = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
 
 
@@ -29,12 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> int:
     host = prepare.prepare(arguments, progress)
     require_modules(host.python, MODULES)
-    cache = f"cache_dir={host.base_directory / 'pytest_cache'}"
-    options = ["--import-mode=importlib", f"--rootdir={PACK}", "-o", cache, f"--durations={SLOWEST}"]
+    kept = f"cache_dir={host.base_directory / 'pytest_cache'}"
+    options = ["--import-mode=importlib", f"--rootdir={PACK}", "-o", kept, f"--durations={SLOWEST}"]
     options += ["-m", "not slow"] if arguments.quick else []
     environment = test_environment(host)
+    if any(part.startswith(BROWSER) or part.strip("/") == "tests" for part in extra):
+        found = browser.find_or_install(cache.home() / "logs" / "apt-get.log", progress)
+        environment |= {} if found is None else {browser.VARIABLE: found}
     if not extra:
-        options += [f"--numprocesses={WORKERS}", "--dist=loadfile"]
+        options += [f"--numprocesses={WORKERS}", "--dist=loadfile", f"--ignore={BROWSER}"]
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
     return run_child([str(host.python), "-c", START, *options, *extra], PACK, environment)
 

@@ -1,0 +1,56 @@
+"""What the browser tests share: one server, one Chromium and one page, which every test leaves as it found it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from dev import package
+from dev.browser import VARIABLE, find
+from dev.host import Host
+from dev.report import Progress
+from dev.server import Server, running_server
+from tests.browser.canvas import Canvas
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+VIEW = {"width": 1600, "height": 1000}
+
+
+@pytest.fixture(scope="session")
+def browser_path() -> str:
+    """A Chromium. `python3 dev test` installs one where it may, and stops where CI is set and there is none."""
+    path = find()
+    if path is None:
+        assert not os.environ.get("CI"), "python3 dev test has to find or install a browser"
+        pytest.skip(f"there is no Chromium on this machine: install one, or name it in {VARIABLE}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def server(browser_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A ComfyUI into which only the zip for the registry was unpacked: no model, no LoRA, no other node."""
+    folder = tmp_path_factory.mktemp("installed")
+    archive = package.build(folder / "zip", Progress())
+    with running_server(package.install(archive, folder / "base", Host.from_environment())) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def session_canvas(server: Server, browser_path: str) -> Iterator[Canvas]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+        canvas = Canvas(browser.new_context(viewport=VIEW).new_page(), server)
+        canvas.visit()
+        yield canvas
+        browser.close()
+
+
+@pytest.fixture
+def canvas(session_canvas: Canvas) -> Canvas:
+    """The page with an empty graph in the classic canvas."""
+    session_canvas.nodes_2(False)
+    session_canvas.clear()
+    return session_canvas
