@@ -55,13 +55,16 @@ def finished(server: Server) -> dict[tuple[str, str], Run]:
 
 
 def test_the_report_is_for_people_and_the_node_shows_the_verdict(server: Server) -> None:
-    graph = twin("1_quick_start", prompt=CAT, steps=STEPS)
+    # with steps of its own: what the runs below share with it would be cached, and shows nothing
+    graph = twin("1_quick_start", prompt=CAT, steps=3)
     (node,) = [key for key, value in graph.items() if value["class_type"] == "PreviewAny"]
     sampler = graph[node]["inputs"]["source"][0]
     graph[node]["inputs"]["source"] = [sampler, 2]
     outputs = server.api.run(graph)["outputs"]
     (text,) = outputs[node]["text"]
-    assert text.startswith(f"Detected 'cat' at step 2 of {STEPS} and erased it; 3 extra model evaluations.")
+    assert text.startswith(
+        "Detected 'cat' in the prompt, before the first step and erased it; 0 extra model evaluations."
+    )
     assert outputs[sampler]["unguide_verdict"] == [{"kind": "erased", "text": "erased: cat"}]
 
 
