@@ -6,12 +6,10 @@ and ComfyUI stands on the import path in place of the pack's folder, whose `node
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
-from types import ModuleType
 
 PACK = Path(__file__).resolve().parents[1]
 NAME = "comfyui_unguide"
@@ -47,12 +45,16 @@ def main() -> None:
     log.add_argument("log", type=Path, help="the log, such as ComfyUI/user/__unguide/policy.jsonl")
     arguments = parser.parse_args()
     try:
+        _load_pack()
         if arguments.command == "log":
-            module = _module("log")
-            said = module.summary(module.read_log(arguments.log))
+            from comfyui_unguide.unguide_policy.log import read_log, summary
+
+            said = summary(read_log(arguments.log))
         else:
             _host(arguments.comfyui)
-            said = getattr(_module("command"), arguments.command)(arguments)
+            from comfyui_unguide.unguide_policy import command
+
+            said = getattr(command, arguments.command)(arguments)
     except (OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"unguide_policy: {' '.join(str(error).split())}") from None
     sys.stdout.write(said + "\n")
@@ -67,17 +69,13 @@ def _host(comfyui: Path) -> None:
     args.cpu = True  # hashes and prompts need no GPU
 
 
-def _module(name: str) -> ModuleType:
-    """A module of this package inside the pack, loaded by its place as the host does."""
-    if NAME not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            NAME, PACK / "__init__.py", submodule_search_locations=[str(PACK)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[NAME] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[NAME])
-    return importlib.import_module(f"{NAME}.unguide_policy.{name}")
+def _load_pack() -> None:
+    """Load the pack by its place, as the host does, so that its modules can be imported under `NAME`."""
+    spec = importlib.util.spec_from_file_location(NAME, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[NAME])
 
 
 if __name__ == "__main__":

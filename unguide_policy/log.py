@@ -39,12 +39,13 @@ class Log:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log. Raises: ValueError for a line that is not JSON, such as half a line after a crash."""
+    """Return the lines of a log. Raises: ValueError for anything else, such as half a line after a crash."""
     lines = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             lines.append(dict(json.loads(line)))
-        except (TypeError, ValueError):
+            summary(lines[-1:])
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(f"line {number} of {file} is not a line of a policy's log; remove it") from None
     return lines
 
