@@ -15,7 +15,7 @@ import torch
 from comfy import sd1_clip
 from comfy.text_encoders import sd2_clip
 
-from demo.text import LAYERS
+from demo.shapes import TEXT_LAYERS
 from tests.conftest import pack_module
 from tests.host.conftest import CAT, Demo, fixed, ksampler
 from tests.host.families import FAMILIES, Family
@@ -190,7 +190,7 @@ def test_a_clip_of_another_checkpoint_is_refused(demo: Demo):
 @pytest.fixture(scope="module")
 def clip(demo: Demo) -> Any:
     """The demo's CLIP without the ten layers that change nothing, which take most of its time."""
-    quick = shallow_clip("SD 1.x", num_hidden_layers=LAYERS)
+    quick = shallow_clip("SD 1.x", num_hidden_layers=TEXT_LAYERS)
     own, whole = quick.cond_stage_model, demo.clip.cond_stage_model.state_dict()
     own.load_state_dict({name: whole[name] for name in own.state_dict()})
     return quick

@@ -35,7 +35,9 @@ def run(prompt, *, seeds=SEEDS, loras=None, chosen=None, **options):
     at, observer = studio(), Observer()
     attach = pack_module("unguide_comfy.gate.attach")
     loras = loras or [at.lora("selective", "cat")]
-    model = attach.guided(at.model, loras, at.settings(**(chosen or {})), observer=observer)
+    model = attach.guided(
+        at.model, loras, at.settings(**{"check_image": "automatic", **(chosen or {})}), observer=observer
+    )
     generated = at.generate(model, at.encode(prompt), seeds, **options)
     return Ran(generated.latents, observer.verdicts[0], observer.cost)
 

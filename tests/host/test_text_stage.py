@@ -203,7 +203,7 @@ def test_a_calibration_of_another_adapter_or_model_is_not_used(demo, text_lora):
 def test_the_stability_probe_decides_by_text_and_shows_every_statistic(demo, text_lora):
     for prompt, detected in ((CAT, True), (UNRELATED[0], False)):
         out = probe_node.execute(demo.model, (text_lora,), demo.encode(prompt), demo.encode(""), latent(), 4.0, 0).args
-        ((decision,), weight, _, found, _, report) = out
+        ((decision,), weight, _, found, _, _, report) = out
         assert (decision.stage, found, weight) == ("text", detected, float(not detected))
         assert [one.name for one in decision.statistics] == ["text", "influence", "alignment", "paper"]
         (erasure,) = json.loads(report)["erasure"]

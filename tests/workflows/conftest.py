@@ -60,7 +60,7 @@ def twin(stem: str, settings: dict[str, Any] | None = None, **inputs: Any) -> Gr
         for name, value in inputs.items():
             if name in node["inputs"] and not isinstance(node["inputs"][name], list):
                 node["inputs"][name] = value
-        if node["class_type"] == "PreviewAny":
+        if node["class_type"] == "PreviewAny" and graph[node["inputs"]["source"][0]]["class_type"] in REPORT_AS_JSON:
             source = node["inputs"]["source"][0]
             node["inputs"]["source"] = [source, REPORT_AS_JSON[graph[source]["class_type"]]]
     if settings is not None:

@@ -53,7 +53,7 @@ class Settings:
     decide: str = DURING
     resist_adversarial: bool = False
     on_detection: str = AUTOMATIC
-    check_image: str = AUTOMATIC
+    check_image: str = NEVER_CHECK
     false_positive_rate: float = 0.01
     statistic: str = AUTOMATIC
     threshold: float | None = None
