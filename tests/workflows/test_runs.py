@@ -63,7 +63,7 @@ def test_the_report_is_for_people_and_the_node_shows_the_verdict(server: Server)
     outputs = server.api.run(graph)["outputs"]
     (text,) = outputs[node]["text"]
     assert text.startswith(
-        "Detected 'cat' in the prompt, before the first step and erased it; 0 extra model evaluations."
+        "Detected 'cat' in the prompt, before the first step, and erased it; 0 extra model evaluations."
     )
     assert outputs[sampler]["unguide_verdict"] == [{"kind": "erased", "text": "erased: cat"}]
 
