@@ -1,6 +1,7 @@
 """Calibrate Erasure LoRA."""
 
 import json
+from functools import partial
 from typing import Any
 
 import comfy.sample
@@ -97,7 +98,7 @@ class CalibrateErasureLora(io.ComfyNode):
         settings = CalibrationSettings(cfg, repeats=repeats, seed=seed)
         texts = [_lines(text) for text in (concept_prompts, other_prompts)]
         calibrated = calibrate_from_texts(
-            model, clip, erasure_lora, *texts, latent, settings, Counter("Calibrating", "prompts")
+            model, clip, erasure_lora, *texts, latent, settings, partial(Counter, "Calibrating")
         )
         report = {lora.name: dict(lora.adapter.card.calibration) for lora in calibrated}
         return io.NodeOutput(tuple(calibrated), json.dumps(report, indent=1))

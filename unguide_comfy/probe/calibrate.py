@@ -40,10 +40,20 @@ from .text import reads_text_alone, text_calibration
 Result = TypeVar("Result")
 
 Shown = Callable[[int, int], None]
-"""Called with the number of prompts done and their total; raises where the user stops it."""
+"""Called with the number of things done and their total; raises where the user stops it."""
+
+Watch = Callable[[str], Shown]
+"""Given the name of what is counted, returns what counts it."""
+
+IMAGED = "prompts for images"
+"""What is counted while the base model generates the images of the image stage; before that, it is "prompts"."""
 
 IN_SCENES = ("{} in a forest", "{} on a street", "{} on a table")
 """Scenes in which the concept has to be detected as well."""
+
+
+def _unwatched(things: str) -> Shown:
+    return lambda done, total: None
 
 
 def concept_prompts(concept: str, own_prompt: str, synonyms: Sequence[str]) -> list[str]:
@@ -76,7 +86,7 @@ def calibrate(
     negative: Conditioning,
     latent: torch.Tensor,
     settings: CalibrationSettings,
-    watch: Callable[[int, int], None] | None = None,
+    watch: Watch = _unwatched,
     text_prompts: Sequence[CalibrationPrompts[Conditioning]] = (),
 ) -> list[Calibration]:
     """Return each erasure LoRA's calibration for this model.
@@ -86,23 +96,23 @@ def calibrate(
         prompts: one set per erasure LoRA.
         negative: the negative prompt of the rollouts.
         latent: whose shape is used, [B, C, ...].
-        watch: called after each prompt with how many are done of how many.
+        watch: counts the prompts, and then those that images are generated for.
         text_prompts: for the text stage, which needs no evaluations, likewise; none for the same prompts.
     Raises: ValueError if an erasure LoRA has no concept's or neutral prompt encoded, or there are no other prompts.
     """
 
-    def measured(context: Context, shape: tuple[int, ...], shown: Shown) -> list[Calibration]:
+    def measured(context: Context, shape: tuple[int, ...], counted: Watch) -> list[Calibration]:
         levels = calibrated_levels(
             prompts,
             _Prober(context, shape, settings.seed),
             repeats=settings.repeats,
             own_repeats=settings.own_repeats,
-            on_prompt=shown,
+            on_prompt=counted("prompts"),
         )
         model, layers = context.guider.model_patcher, context.run.layers
         asked = zip(layers, text_prompts or prompts, strict=True)
         texts = [text_calibration(model, of_adapter, texts) for of_adapter, texts in asked]
-        images = fitted_probes(context, prompts, negative, shape, settings.seed, shown)
+        images = fitted_probes(context, prompts, negative, shape, settings.seed, counted(IMAGED))
         return [
             Calibration(context.model_key, lora.adapter.signature, shape, settings.cfg, settings.own_repeats, *found)
             for lora, *found in zip(loras, levels, texts, images, strict=True)
@@ -129,7 +139,9 @@ def image_probes(
         negative,
         latent,
         settings,
-        lambda context, shape, shown: fitted_probes(context, prompts, negative, shape, settings.seed, shown),
+        lambda context, shape, counted: fitted_probes(
+            context, prompts, negative, shape, settings.seed, counted(IMAGED)
+        ),
     )
 
 
@@ -139,8 +151,8 @@ def _on_model(
     negative: Conditioning,
     latent: torch.Tensor,
     settings: CalibrationSettings,
-    measure: Callable[[Context, tuple[int, ...], Shown], list[Result]],
-    watch: Shown | None = None,
+    measure: Callable[[Context, tuple[int, ...], Watch], list[Result]],
+    watch: Watch = _unwatched,
 ) -> list[Result]:
     """What `measure` returns in a run of the host, for the shape of one latent."""
     for lora in loras:
@@ -156,14 +168,18 @@ def _on_model(
     guider.set_conds(loras[0].neutral, negative)
     guider.set_cfg(settings.cfg)
 
-    def shown(done: int, total: int) -> None:
-        if watch is not None:
-            watch(done, total)
-        comfy.model_management.throw_exception_if_processing_interrupted()
+    def counted(things: str) -> Shown:
+        count = watch(things)
+
+        def shown(done: int, total: int) -> None:
+            count(done, total)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        return shown
 
     def measured(guider: Any, extra_args: dict[str, Any], shape: torch.Size) -> list[Result]:
         context = Context(guider, run, carrying(extra_args, **{RUN: run})["model_options"], key)
-        return measure(context, tuple(shape), shown)
+        return measure(context, tuple(shape), counted)
 
     return run_on_model(guider, latent, settings.seed, measured)
 
@@ -176,7 +192,7 @@ def calibrate_from_texts(
     other_texts: Sequence[str],
     latent: torch.Tensor,
     settings: CalibrationSettings,
-    watch: Callable[[int, int], None] | None = None,
+    watch: Watch = _unwatched,
 ) -> list[ErasureLora]:
     """Return the erasure LoRAs calibrated for this model, with prompts as text.
 

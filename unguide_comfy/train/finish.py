@@ -190,6 +190,6 @@ def _calibrate(
         for groups in asked
     )
     settings = CalibrationSettings(PREVIEW_CFG, repeats=1, own_repeats=8)
-    trained, counter = [replace(lora, adapter=adapter)], Counter("Calibrating the gate,", "prompts")
+    trained, counter = [replace(lora, adapter=adapter)], partial(Counter, "Calibrating the gate,")
     (found,) = calibrate(model, trained, [prompts], lora.neutral, latent, settings, counter, [text_prompts])
     return found
