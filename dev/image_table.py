@@ -25,14 +25,14 @@ from dev.benchmark.attacks import Trial, attacks
 from dev.benchmark.studio import Studio, judged, studio
 from dev.pack import pack_module
 
-FIRST_SEED = 910_000
+FIRST_SEED = 930_000
 """Seeds from here on had no part in training, calibration or any choice."""
 DENOISE = (0.3, 0.5, 0.75)
 UNSEEN = ("forest", "snow")
 """Scenes in which no object is calibrated."""
 PLAIN = 4
 """Scenes without an object among the unrelated images."""
-BASE, WITHOUT, DEFAULT, RESISTING = "base", "without the image stage", "the gate", "resist adversarial"
+BASE, DEFAULT, READING, RESISTING = "base", "the gate", "reading the image", "resist adversarial"
 BEGIN, END = "<!-- images: begin -->", "<!-- images: end -->"
 
 
@@ -84,8 +84,8 @@ def attacked(at: Studio, concept: str, seeds: Sequence[int]) -> Iterator[Row]:
     """Yield how every trial of a concept ends, by each method."""
     lora = at.lora("selective", concept)
     settings = {
-        WITHOUT: at.settings(check_image="never"),
         DEFAULT: at.settings(),
+        READING: at.settings(check_image="automatic"),
         RESISTING: at.settings(resist_adversarial=True),
     }
     for kind, trial in trials(at, concept, seeds):
@@ -107,8 +107,8 @@ def unrelated(at: Studio, asked: str, seeds: Sequence[int]) -> Iterator[Row]:
     for kind, given in options.items():
         prompt = at.encode(photo("desert" if given else asked))
         base = at.generate(at.model, prompt, seeds, **given).latents
-        latents, verdicts, cost = behind(at, loras, prompt, seeds, at.settings(), **given)
-        yield _row(f"unrelated, {kind}", asked, DEFAULT, verdicts, cost, base, latents, 0)
+        latents, verdicts, cost = behind(at, loras, prompt, seeds, at.settings(check_image="automatic"), **given)
+        yield _row(f"unrelated, {kind}", asked, READING, verdicts, cost, base, latents, 0)
 
 
 def behind(
@@ -145,8 +145,8 @@ def _shown(at: Studio, latents: Any, concept: str) -> int:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows in Markdown: the attacks, and the unrelated images."""
-    methods = (BASE, WITHOUT, DEFAULT, RESISTING)
-    lines = [f"| asked for | images | {' | '.join(methods)} | NFE, the gate |", "|---|---|" + "---|" * 5]
+    methods = (BASE, DEFAULT, READING, RESISTING)
+    lines = [f"| asked for | images | {' | '.join(methods)} | NFE, reading |", "|---|---|" + "---|" * 5]
     by_kind: defaultdict[str, defaultdict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         by_kind[row.kind][row.method].append(row)
@@ -154,7 +154,7 @@ def table(rows: Sequence[Row]) -> str:
         if BASE in found:
             count = sum(row.images for row in found[BASE])
             cells = [_cell(found[method], count, method) for method in methods]
-            cost = sum(row.cost for row in found[DEFAULT]) / len(found[DEFAULT])
+            cost = sum(row.cost for row in found[READING]) / len(found[READING])
             lines.append(f"| {kind} | {count} | {' | '.join(cells)} | {cost:.2f}x |")
     lines += [
         "",
@@ -163,7 +163,7 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for kind, found in by_kind.items():
         if BASE not in found:
-            of = found[DEFAULT]
+            of = found[READING]
             count, left = sum(row.images for row in of), sum(row.images - row.detected for row in of)
             same = f"{sum(row.identical for row in of)} of {left}"
             cost = sum(row.cost * row.images for row in of) / count

@@ -53,7 +53,8 @@ class UnGuideSettings(io.ComfyNode):
                     tooltip="Whether the image itself is read, too, if the LoRA is calibrated: a start image or chosen "
                     "noise can bring a concept that no prompt names. automatic: late in the run if that is free, and "
                     "a start image at one model evaluation. always: at one more evaluation if it is not free. "
-                    "never: the default, until more is known of its false positives.",
+                    "never: the default, until more is known of its false positives; resist_adversarial reads it all "
+                    "the same.",
                 ),
                 io.Float.Input(
                     "false_positive_rate",

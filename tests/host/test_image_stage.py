@@ -35,11 +35,14 @@ def run(prompt, *, seeds=SEEDS, loras=None, chosen=None, **options):
     at, observer = studio(), Observer()
     attach = pack_module("unguide_comfy.gate.attach")
     loras = loras or [at.lora("selective", "cat")]
-    model = attach.guided(
-        at.model, loras, at.settings(**{"check_image": "automatic", **(chosen or {})}), observer=observer
-    )
+    model = attach.guided(at.model, loras, reading(**(chosen or {})), observer=observer)
     generated = at.generate(model, at.encode(prompt), seeds, **options)
     return Ran(generated.latents, observer.verdicts[0], observer.cost)
+
+
+def reading(**chosen):
+    """Settings of a gate that reads images."""
+    return studio().settings(**{"check_image": "automatic", **chosen})
 
 
 def base(prompt, **options):
@@ -109,7 +112,7 @@ def test_a_mask_is_honoured_when_the_image_is_generated_again(cats):
     at, observer, mask = studio(), Observer(), torch.zeros(1, 8, 8)
     mask[:, :, 4:] = 1.0
     model = pack_module("unguide_comfy.gate.attach").guided(
-        at.model, [at.lora("selective", "cat")], at.settings(), observer=observer
+        at.model, [at.lora("selective", "cat")], reading(), observer=observer
     )
 
     def inpainted(model):
@@ -147,6 +150,12 @@ def test_a_gate_that_never_checks_images_sees_nothing(cats):
     assert torch.equal(ran.latents, base(SCENE, **options))
 
 
+def test_resisting_adversarial_text_reads_the_image_whatever_else_is_chosen(cats):
+    ran = run(SCENE, chosen={"check_image": "never", "resist_adversarial": True}, latent=cats, denoise=0.3)
+    assert ran.verdict.images[0].shown == (True, True)
+    assert "cat" not in shown(ran.latents)
+
+
 def test_without_a_row_for_the_empty_prompt_the_image_is_read_only_if_asked_for(cats):
     at = studio()
     noise = attacks.inverted(at, cats, at.encode(CAT))
@@ -163,7 +172,7 @@ def test_several_gates_share_one_reading_and_only_the_concept_that_is_shown_is_e
     at = studio()
     loras = [at.lora("selective", concept) for concept in ("cat", "dog", "ship")]
     observer = Observer()
-    model = pack_module("unguide_comfy.gate.attach").guided(at.model, loras, at.settings(), observer=observer)
+    model = pack_module("unguide_comfy.gate.attach").guided(at.model, loras, reading(), observer=observer)
     generated = at.generate(model, at.encode(SCENE), SEEDS, latent=dogs, denoise=0.4)
     seen = [verdict.images[0].shown for verdict in observer.verdicts]
     assert seen == [(False, False), (True, True), (False, False)]

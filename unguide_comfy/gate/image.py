@@ -196,4 +196,5 @@ class ImageStage:
 def _wanted(settings: Settings) -> bool:
     """Whether a gate reads images: not where one statistic or threshold was asked for."""
     automatic = settings.statistic == AUTOMATIC and settings.threshold is None
-    return automatic and settings.decide in (DURING, BEFORE) and settings.check_image != NEVER_CHECK
+    asked = settings.check_image != NEVER_CHECK or settings.resist_adversarial
+    return automatic and asked and settings.decide in (DURING, BEFORE)

@@ -34,7 +34,7 @@ class Settings:
             image, or "automatic": restart only where continuing would leave the concept's silhouette.
         check_image: whether the image itself is read, too, where the adapter's calibration allows it: "automatic" where
             that costs nothing, and the start image at one evaluation; "always" at one evaluation where it is not free;
-            "never".
+            "never", but for `resist_adversarial`, which always reads it.
         false_positive_rate: share of other prompts that a calibrated threshold may take for the concept.
         statistic: "influence", "alignment" or "paper" (`unguide_core.probe`); "automatic" takes influence where the
             adapter's calibration separates the concept from other prompts, else alignment, else what the inputs allow.
