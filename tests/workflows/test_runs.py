@@ -161,6 +161,26 @@ def test_only_the_model_that_generates_the_image_is_evaluated(finished: dict[tup
     assert cat["wasted"] == dog["wasted"] == 0
 
 
+def test_always_erasing_is_the_lora_in_the_hosts_own_loader(server: Server) -> None:
+    """The loader applies the same file in the same way; only the arithmetic differs."""
+    graph = twin(COMPARISON, prompt=DOG, steps=4)
+    entry = server.api.run(graph)
+    base, always, _ = (image(server, entry, graph, title) for title in COLUMNS)
+    (sampler,) = [node for node in graph.values() if node["_meta"]["title"] == "LoRA only"]
+    model = graph[sampler["inputs"]["model"][0]]["inputs"]["model"]
+    inputs = {"model": model, "lora_name": "unguide-demo/selective/cat.safetensors", "strength_model": 1.0}
+    graph["loader"] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs, "_meta": {"title": "loader"}}
+    sampler["inputs"]["model"] = ["loader", 0]
+    loaded = image(server, server.api.run(graph), graph, COLUMNS[1])
+    assert difference(loaded, always) <= 2 < difference(loaded, base)
+
+
+def difference(one: Any, other: Any) -> int:
+    """The largest difference of a channel's value between two images, of 255."""
+    assert one[0] == other[0]
+    return max(abs(a - b) for a, b in zip(one[1], other[1], strict=True))
+
+
 def again(server: Server, number: int) -> Any:
     """The quick start's image, sampled again: the host caches by inputs, so one that has no effect here differs."""
     graph = twin("1_quick_start", settings={"weight_otherwise": 0.5 + number / 100}, prompt=CAT, steps=6)
