@@ -202,9 +202,9 @@ def test_other_networks_have_no_block_that_is_read():
     class Transformer:
         diffusion_model = torch.nn.Linear(1, 1)
 
-    reading = pack_module("unguide_comfy.blend.reading")
-    assert not reading.is_readable(Transformer())
-    assert reading.is_readable(studio().model.model)
+    features = pack_module("unguide_comfy.blend.features")
+    assert not features.is_readable(Transformer())
+    assert features.is_readable(studio().model.model)
 
 
 @pytest.mark.parametrize(("steps", "scheduler"), [(1, "normal"), (4, "karras"), (10, "normal"), (30, "normal")])

@@ -76,14 +76,14 @@ class Call:
             _rows_of(value, len(self.latent), index) for value in (self.tensors, self.control, self.extra)
         )
         rows, options = size * len(groups), self._options(groups)
-        reading = self.run.reading if samples is None else None
-        if reading is not None:
-            options = reading.patched(options)
+        features = self.run.features if samples is None else None
+        if features is not None:
+            options = features.patched(options)
         with adapted_rows(self.run.modules(self._model), self._layers(groups, size, adapters), rows):
             out = self.executor(*tensors, control, options, **extra)
-        if reading is not None:
+        if features is not None:
             numbers = self.options.get("cond_or_uncond", (0,))
-            reading.take([(numbers[cond], adapter) for cond, adapter in groups])
+            features.take([(numbers[cond], adapter) for cond, adapter in groups])
         self.run.evaluations.count(rows, adapted=size * sum(adapter is not None for _, adapter in groups))
         return out
 

@@ -15,7 +15,7 @@ import torch
 
 from ...unguide_core.adapter import LowRank
 from ..lora.load import ErasureLora
-from .reading import Reading
+from .features import Features
 
 RUN = "unguide_run"
 """Key of the run in the transformer options."""
@@ -82,7 +82,7 @@ class Run:
         evaluations: what was spent.
         predicting: within a probe, which adapter computes each conditioning of a call (None: the base model); an empty
             tuple is the base model for all. None while the run samples.
-        reading: takes features of the images while the network runs; None as a rule.
+        features: takes those of the images while the network runs; None as a rule.
     """
 
     loras: tuple[ErasureLora, ...]
@@ -92,7 +92,7 @@ class Run:
     outside: frozenset[int] = frozenset()
     evaluations: Evaluations = field(default_factory=Evaluations)
     predicting: tuple[int | None, ...] | None = None
-    reading: Reading | None = None
+    features: Features | None = None
     strengths: tuple[float, ...] = ()
     _modules: dict[int, dict[str, torch.nn.Module]] = field(default_factory=dict, repr=False)
     _cast: dict[tuple[Any, ...], Mapping[str, LowRank]] = field(default_factory=dict, repr=False)
@@ -123,13 +123,13 @@ class Run:
             self.predicting, self.strengths = before
 
     @contextmanager
-    def read(self) -> Iterator[Reading]:
-        """Within the block every forward leaves features of its images in the reading."""
-        before, self.reading = self.reading, Reading()
+    def read(self) -> Iterator[Features]:
+        """Within the block every forward leaves features of its images in what is yielded."""
+        before, self.features = self.features, Features()
         try:
-            yield self.reading
+            yield self.features
         finally:
-            self.reading = before
+            self.features = before
 
     def modules(self, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """The touched modules of a model by path; a model on a second device has its own."""

@@ -316,10 +316,10 @@ def gated_conditionals(
     if gate is None or gate.run.predicting is not None or model is not gate.context.model:
         return executor(model, conds, x, sigma, model_options)
     gate.passed = True
-    with gate.images.reading(sigma) as reading:
+    with gate.images.reading(sigma) as features:
         out = executor(model, conds, x, sigma, model_options)
-    if reading is not None and not gate.windowed:
-        gate.images.read(reading, conds, sigma)
+    if features is not None and not gate.windowed:
+        gate.images.read(features, conds, sigma)
     if not gate.windowed and gate.observe(conds, out, x, sigma) and gate.run.active():
         with gate.run.evaluations.of(None):
             out = executor(model, conds, x, sigma, model_options)

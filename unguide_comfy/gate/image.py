@@ -17,7 +17,7 @@ import torch
 
 from ...unguide_core.probe import AUTOMATIC, Decision, decide_by
 from ...unguide_core.probe.image import ImageProbe, image_statistic
-from ..blend.reading import Reading, is_readable
+from ..blend.features import Features, is_readable
 from ..lora.load import Conditioning, ErasureLora
 from ..probe.baseline import valid_calibration
 from ..probe.conds import Context, digest
@@ -110,28 +110,28 @@ class ImageStage:
         self._sigmas, self._step, self._read = sigmas, reading_step(sigmas) if self._probes else None, False
 
     @contextmanager
-    def reading(self, sigma: torch.Tensor) -> Iterator[Reading | None]:
+    def reading(self, sigma: torch.Tensor) -> Iterator[Features | None]:
         """Within the block the run's forwards leave features behind, if it is time to read the images."""
         if self._read or self._step is None or step_of(self._sigmas, float(sigma.max())) != self._step:
             yield None
             return
-        with self.context.run.read() as reading:
-            yield reading
+        with self.context.run.read() as features:
+            yield features
 
-    def read(self, reading: Reading, conds: Sequence[Any], sigma: torch.Tensor) -> None:
+    def read(self, features: Features, conds: Sequence[Any], sigma: torch.Tensor) -> None:
         """Read the run's images from the features of its row for the empty prompt, if it has one.
 
         Raises: Shown if every image shows a concept and has not been generated again for it.
         """
         for index, neutral in self._neutrals.items():
             row = row_of(conds, neutral)
-            features = None if row is None else reading.of(row)
-            if features is None:
+            of_row = None if row is None else features.of(row)
+            if of_row is None:
                 self.notes[index] = "the run has no row for the empty prompt to read the image from"
                 continue
             self.notes[index], self._read = "", True
             check = ImageCheck(False, (), (), self._step, float(sigma.max()), again=index in self.erased)
-            self._take(index, features, check)
+            self._take(index, of_row, check)
         left = self.left(1)
         if left is not None and bool(left.all()):
             raise Shown

@@ -21,7 +21,7 @@ from ...unguide_core.probe.image import (
     fit_image_probe,
     images_of,
 )
-from ..blend.reading import is_readable
+from ..blend.features import is_readable
 from ..lora.load import Conditioning
 from .conds import Context, Entry, is_everywhere, same_text
 from .rollout import noise_at, rollout, schedule
@@ -51,9 +51,9 @@ def read_images(context: Context, neutral: Conditioning, latents: torch.Tensor, 
     entries = context.retargeted(entry, neutral, latents, seed)
     noisy = context.model.model_sampling.noise_scaling(torch.tensor(SIGMA, device=noise.device), noise, latents, False)
     sigma = torch.full((len(latents),), SIGMA, device=context.device)
-    with context.run.predict_with(()), context.run.read() as reading:
+    with context.run.predict_with(()), context.run.read() as read:
         comfy.samplers.calc_cond_batch(context.model, [entries], noisy, sigma, context.model_options)
-    features = reading.of(0)
+    features = read.of(0)
     if features is None:
         raise ValueError(
             f"the features of {type(context.model).__name__} cannot be read: a patch skips its middle block; remove "

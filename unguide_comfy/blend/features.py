@@ -23,15 +23,15 @@ def is_readable(model: Any) -> bool:
     return isinstance(network, UNetModel) and network.middle_block is not None
 
 
-class Reading:
+class Features:
     """The features of a denoising step's images, by conditioning and adapter.
 
-    `features` has those of each conditioning of the host's call, by its number and the adapter that computed it (None:
+    `by_group` has those of each conditioning of the host's call, by its number and the adapter that computed it (None:
     the base model), [B, F].
     """
 
     def __init__(self) -> None:
-        self.features: dict[tuple[int, int | None], torch.Tensor] = {}
+        self.by_group: dict[tuple[int, int | None], torch.Tensor] = {}
         self._last: torch.Tensor | None = None
 
     def patched(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -49,11 +49,11 @@ class Reading:
     def take(self, groups: Sequence[tuple[int, int | None]]) -> None:
         """Keep what the last forward read of its groups of rows: conditionings by number, each with its adapter."""
         if self._last is not None:
-            self.features.update(zip(groups, self._last.chunk(len(groups)), strict=True))
+            self.by_group.update(zip(groups, self._last.chunk(len(groups)), strict=True))
 
     def of(self, conditioning: int) -> torch.Tensor | None:
         """Return a conditioning's features, the base model's where there are any, [B, F]."""
-        found = [adapter for number, adapter in self.features if number == conditioning]
+        found = [adapter for number, adapter in self.by_group if number == conditioning]
         if not found:
             return None
-        return self.features[conditioning, None if None in found else found[0]]
+        return self.by_group[conditioning, None if None in found else found[0]]
