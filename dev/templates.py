@@ -85,6 +85,48 @@ def report(source: Output, height: int) -> Node:
     return Node("report", "PreviewAny", height, {"source": source}, "Report")
 
 
+def guided(name: str = "guided", **more: Output) -> Node:
+    """A model with the erasure LoRA behind its gate."""
+    given = {"model": of_model("model"), "erasure_lora": Output("lora", "erasure_lora"), **more}
+    return Node(name, "UnGuideModel", 170, given)
+
+
+def trained(model: Output, clip: Output, latent: Output, synonyms: str) -> Node:
+    words = {"concept": "cat", "generate_instead": "forest", "synonyms": synonyms}
+    return Node(
+        "lora", "UnGuideTrainErasureLora", 1180, {"model": model, "latent_image": latent, "clip": clip, **words}
+    )
+
+
+# columns that several templates share
+
+
+def model_and_lora(text: str, height: int) -> Column:
+    """The demo model with its erasure LoRA, and the note."""
+    return Column(
+        NARROW + 40, (Group("1. Model and erasure LoRA", (demo_model(), erasure_lora())), readme(text, height))
+    )
+
+
+def prompts_for_demo() -> Column:
+    return Column(NARROW + 40, (Group("2. What to generate", prompts(of_model("clip"), SIZE)),))
+
+
+def image_of(samples: Output, title: str, prefix: str, *more: Node) -> Column:
+    """The demo's image, saved and enlarged."""
+    nodes = decoded(samples, of_model("vae"), prefix) + enlarged("Image, enlarged", 380, Output("decode", "IMAGE"))
+    return Column(NARROW + 40, (Group(title, (*nodes, *more)),))
+
+
+def sampled(prefix: str) -> tuple[Column, Column, Column]:
+    """UnGuide Sampler, its image and its report."""
+    return (
+        Column(NARROW + 40, (Group("3. Sample", (unguide_sampler(of_model("model")),)),)),
+        image_of(Output("sampler", "latent"), "4. Image", prefix),
+        Column(WIDE, (Group("5. Report", (report(Output("sampler", "report"), 500),)),)),
+    )
+
+
 ERASE = Template(
     "0_erase_a_word",
     (
@@ -132,20 +174,7 @@ own *concept*.
                 ),
             ),
         ),
-        Column(NARROW + 40, (Group("3. Sample", (unguide_sampler(of_model("model")),)),)),
-        Column(
-            NARROW + 40,
-            (
-                Group(
-                    "4. Image",
-                    (
-                        *decoded(Output("sampler", "latent"), of_model("vae"), "erase_a_word"),
-                        *enlarged("Image, enlarged", 380, Output("decode", "IMAGE")),
-                    ),
-                ),
-            ),
-        ),
-        Column(WIDE, (Group("5. Report", (report(Output("sampler", "report"), 500),)),)),
+        *sampled("erase_a_word"),
     ),
     app=(
         (("prompt", "text"), ("lora", "concept"), ("sampler", "seed"), ("report", "preview_text")),
@@ -156,12 +185,8 @@ own *concept*.
 QUICK_START = Template(
     "1_quick_start",
     (
-        Column(
-            NARROW + 40,
-            (
-                Group("1. Model and erasure LoRA", (demo_model(), erasure_lora())),
-                readme(
-                    """
+        model_and_lora(
+            """
 ## Erase a concept
 
 The **erasure LoRA** makes the model forget *cats*. **UnGuide Sampler** is a KSampler that detects at an early
@@ -175,25 +200,10 @@ step whether your prompt asks for a cat.
 For a model of your own, put *Load Checkpoint* in place of the demo model, and choose an erasure LoRA made for
 it.
 """,
-                    420,
-                ),
-            ),
+            420,
         ),
-        Column(NARROW + 40, (Group("2. What to generate", prompts(of_model("clip"), SIZE)),)),
-        Column(NARROW + 40, (Group("3. Sample", (unguide_sampler(of_model("model")),)),)),
-        Column(
-            NARROW + 40,
-            (
-                Group(
-                    "4. Image",
-                    (
-                        *decoded(Output("sampler", "latent"), of_model("vae"), "quick_start"),
-                        *enlarged("Image, enlarged", 380, Output("decode", "IMAGE")),
-                    ),
-                ),
-            ),
-        ),
-        Column(WIDE, (Group("5. Report", (report(Output("sampler", "report"), 500),)),)),
+        prompts_for_demo(),
+        *sampled("quick_start"),
     ),
     app=(
         (("prompt", "text"), ("lora", "lora_name"), ("sampler", "seed"), ("report", "preview_text")),
@@ -204,12 +214,8 @@ it.
 PROBE = Template(
     "2_probe_then_sample",
     (
-        Column(
-            NARROW + 40,
-            (
-                Group("1. Model and erasure LoRA", (demo_model(), erasure_lora())),
-                readme(
-                    """
+        model_and_lora(
+            """
 ## Probe first, then sample
 
 **Stability Probe** decides before any sampling whether the prompt carries the erased concept.
@@ -220,11 +226,9 @@ PROBE = Template(
 **UnGuide** returns a model for *any* sampler node; here it is KSampler. Connect the same model and the same
 erasure LoRA to both: a decision for another model or LoRA is refused.
 """,
-                    420,
-                ),
-            ),
+            420,
         ),
-        Column(NARROW + 40, (Group("2. What to generate", prompts(of_model("clip"), SIZE)),)),
+        prompts_for_demo(),
         Column(
             WIDE,
             (
@@ -254,33 +258,13 @@ erasure LoRA to both: a decision for another model or LoRA is refused.
                 Group(
                     "4. Sample with the decision",
                     (
-                        Node(
-                            "guided",
-                            "UnGuideModel",
-                            170,
-                            {
-                                "model": of_model("model"),
-                                "erasure_lora": Output("lora", "erasure_lora"),
-                                "decision": Output("probe", "decision"),
-                            },
-                        ),
+                        guided(decision=Output("probe", "decision")),
                         ksampler("sampler", "", Output("guided", "model")),
                     ),
                 ),
             ),
         ),
-        Column(
-            NARROW + 40,
-            (
-                Group(
-                    "5. Image",
-                    (
-                        *decoded(Output("sampler", "LATENT"), of_model("vae"), "probe_then_sample"),
-                        *enlarged("Image, enlarged", 380, Output("decode", "IMAGE")),
-                    ),
-                ),
-            ),
-        ),
+        image_of(Output("sampler", "LATENT"), "5. Image", "probe_then_sample"),
     ),
 )
 
@@ -297,12 +281,8 @@ def _stitch(name: str, one: Output, other: Output) -> Node:
 COMPARISON = Template(
     "3_compare_base_lora_unguide",
     (
-        Column(
-            NARROW + 40,
-            (
-                Group("1. Model and erasure LoRA", (demo_model(), erasure_lora())),
-                readme(
-                    """
+        model_and_lora(
+            """
 ## Same prompt, same seed, three ways
 
 1. **Base**: the model as it is.
@@ -313,9 +293,7 @@ COMPARISON = Template(
 **Try it:** with *a photo of the cat*, image 3 shows no cat. With *a photo of the dog*, images 1 and 3 are
 identical, bit for bit, and image 2 differs.
 """,
-                    400,
-                ),
-            ),
+            400,
         ),
         Column(
             NARROW,
@@ -351,16 +329,7 @@ identical, bit for bit, and image 2 differs.
                 Group(
                     "4. LoRA only",
                     (
-                        Node(
-                            "lora_only",
-                            "UnGuideModel",
-                            170,
-                            {
-                                "model": of_model("model"),
-                                "erasure_lora": Output("lora", "erasure_lora"),
-                                "settings": Output("always", "settings"),
-                            },
-                        ),
+                        guided("lora_only", settings=Output("always", "settings")),
                         _seeded("adapted", "LoRA only", Output("lora_only", "model")),
                         *decoded(Output("adapted", "LATENT"), of_model("vae"), "compare_lora", "2", "2: LoRA only"),
                     ),
@@ -399,12 +368,8 @@ identical, bit for bit, and image 2 differs.
 CUSTOM = Template(
     "4_custom_sampling",
     (
-        Column(
-            NARROW + 40,
-            (
-                Group("1. Model and erasure LoRA", (demo_model(), erasure_lora())),
-                readme(
-                    """
+        model_and_lora(
+            """
 ## UnGuide with custom sampling
 
 **UnGuide** returns an ordinary model. Here it goes to a *guider* and a *scheduler*, as in every workflow with
@@ -417,27 +382,16 @@ model's image.
 concept is erased from the first step on. Or set *decide* to *always erase*, and the LoRA acts on every
 prompt.
 """,
-                    440,
-                ),
-            ),
+            440,
         ),
-        Column(NARROW + 40, (Group("2. What to generate", prompts(of_model("clip"), SIZE)),)),
+        prompts_for_demo(),
         Column(
             NARROW + 40,
             (
                 Group(
                     "3. UnGuide",
                     (
-                        Node(
-                            "guided",
-                            "UnGuideModel",
-                            170,
-                            {
-                                "model": of_model("model"),
-                                "erasure_lora": Output("lora", "erasure_lora"),
-                                "settings": Output("settings", "settings"),
-                            },
-                        ),
+                        guided(settings=Output("settings", "settings")),
                         Node("settings", "UnGuideSettings", 620),
                     ),
                 ),
@@ -484,18 +438,7 @@ prompt.
                 ),
             ),
         ),
-        Column(
-            NARROW + 40,
-            (
-                Group(
-                    "5. Image",
-                    (
-                        *decoded(Output("sampler", "output"), of_model("vae"), "custom_sampling"),
-                        *enlarged("Image, enlarged", 380, Output("decode", "IMAGE")),
-                    ),
-                ),
-            ),
-        ),
+        image_of(Output("sampler", "output"), "5. Image", "custom_sampling"),
     ),
 )
 
@@ -528,21 +471,7 @@ time, and the dog is the same with and without UnGuide.
             (
                 Group(
                     "2. Train",
-                    (
-                        Node(
-                            "lora",
-                            "UnGuideTrainErasureLora",
-                            1180,
-                            {
-                                "model": of_model("model"),
-                                "latent_image": CONDS["latent_image"],
-                                "clip": of_model("clip"),
-                                "concept": "cat",
-                                "generate_instead": "forest",
-                                "synonyms": "kitty, feline, housecat",
-                            },
-                        ),
-                    ),
+                    (trained(of_model("model"), of_model("clip"), CONDS["latent_image"], "kitty, feline, housecat"),),
                 ),
             ),
         ),
@@ -558,19 +487,7 @@ time, and the dog is the same with and without UnGuide.
                 ),
             ),
         ),
-        Column(
-            NARROW + 40,
-            (
-                Group(
-                    "4. With UnGuide",
-                    (
-                        *decoded(Output("sampler", "latent"), of_model("vae"), "trained"),
-                        *enlarged("Image, enlarged", 380, Output("decode", "IMAGE")),
-                        report(Output("sampler", "report"), 240),
-                    ),
-                ),
-            ),
-        ),
+        image_of(Output("sampler", "latent"), "4. With UnGuide", "trained", report(Output("sampler", "report"), 240)),
         Column(
             NARROW + 40,
             (
@@ -627,21 +544,7 @@ For SDXL, set both sizes to 1024 x 1024. For a style, change *prefix* to *a pain
             (
                 Group(
                     "2. Train",
-                    (
-                        Node(
-                            "lora",
-                            "UnGuideTrainErasureLora",
-                            1180,
-                            {
-                                "model": of_model("MODEL"),
-                                "latent_image": Output("size", "LATENT"),
-                                "clip": of_model("CLIP"),
-                                "concept": "cat",
-                                "generate_instead": "forest",
-                                "synonyms": "kitty, feline, kitten",
-                            },
-                        ),
-                    ),
+                    (trained(of_model("MODEL"), of_model("CLIP"), Output("size", "LATENT"), "kitty, feline, kitten"),),
                 ),
             ),
         ),
@@ -726,9 +629,7 @@ COMPARE = Blueprint(
         **_both("model", "positive", "negative", "latent_image"),
         "erasure_lora": (("sampler", "erasure_lora"),),
         "vae": (("decode1", "vae"), ("decode2", "vae")),
-        **{
-            name: (("plain", name), ("sampler", name)) for name in ("seed", "steps", "cfg", "sampler_name", "scheduler")
-        },
+        **_both("seed", "steps", "cfg", "sampler_name", "scheduler"),
     },
     {
         "without": Output("decode1", "IMAGE"),
