@@ -19,8 +19,9 @@ def policy_file() -> Path | None:
     named = os.environ.get(VARIABLE)
     if named is not None:
         return Path(named)
-    usual = Path(folder_paths.get_system_user_directory("unguide"), "policy.yaml")
-    return usual if os.path.lexists(usual) else None
+    protected = getattr(folder_paths, "get_system_user_directory", None)  # old hosts lack it
+    usual = protected and Path(protected("unguide"), "policy.yaml")
+    return usual if usual and os.path.lexists(usual) else None
 
 
 def install() -> None:
