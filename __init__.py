@@ -1,4 +1,4 @@
-"""UnGuide for ComfyUI: erase a concept, leave every other picture untouched (arXiv 2508.05755).
+"""UnGuide for ComfyUI: erase a concept, leave every other image untouched (arXiv 2508.05755).
 
 ComfyUI loads this file by its location, and test runners import it before any test: nothing of the host is imported
 until the host asks for the nodes.

@@ -1,6 +1,6 @@
 """Draws the registry's icon and banner: shapes in tiles, of which one is forgotten. Needs Pillow alone.
 
-Run by `python3 dev artwork`. The pictures are under the repository's licence (MIT); the font is Pillow's own.
+Run by `python3 dev artwork`. The images are under the repository's licence (MIT); the font is Pillow's own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def tile(image: Image.Image, left: float, top: float, side: float, shape: Shape,
 
 
 def canvas(size: tuple[int, int]) -> Image.Image:
-    """An empty picture, FINER times as large."""
+    """An empty image, FINER times as large."""
     return Image.new("RGB", (size[0] * FINER, size[1] * FINER), GROUND)
 
 

@@ -218,8 +218,8 @@ class TrainErasureLora(io.ComfyNode):
                     options=list(ON_CANCEL),
                     default=DISCARD,
                     optional=True,
-                    tooltip="When you cancel the run while this node trains. discard: the run ends. keep: the run goes "
-                    "on with the LoRA as it is then. ComfyUI caches that; change the seed to train again.",
+                    tooltip="When you cancel the run while this node trains. discard: the run ends. keep: the run "
+                    "continues with the LoRA as it is then. ComfyUI caches that; change the seed to train again.",
                 ),
                 io.Conditioning.Input(
                     "target",

@@ -86,7 +86,9 @@ class Api:
         try:
             return self._send(path, data, timeout)
         except urllib.error.HTTPError as error:
-            raise ApiError(f"{self.url}{path} answers as no ComfyUI does ({error}); give the address of one") from error
+            raise ApiError(
+                f"{self.url}{path} does not answer like a ComfyUI ({error}); give the address of one"
+            ) from error
 
     def get(self, path: str, **query: str) -> Any:
         """The JSON answer to a GET, as of /object_info, /system_stats, /queue. Raises: as `request`."""
@@ -94,7 +96,7 @@ class Api:
         try:
             return json.loads(body)
         except ValueError as error:
-            raise ApiError(f"{self.url}{path} answers with no JSON; give the address of a ComfyUI") from error
+            raise ApiError(f"{self.url}{path} does not answer with JSON; give the address of a ComfyUI") from error
 
     def _send(self, path: str, data: Any, timeout: float = 120.0) -> bytes:
         body = None if data is None else json.dumps(data).encode()

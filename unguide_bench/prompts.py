@@ -117,7 +117,7 @@ def from_json(path: Path, text: str, concept: str = "") -> Prompts:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise BenchError(f"{path} is no JSON ({error}); expected the official prompt file") from error
+        raise BenchError(f"{path} is not JSON ({error}); expected the official prompt file") from error
     if not isinstance(content, dict):
         raise BenchError(f"{path} holds a {type(content).__name__}; expected an object with 'target', 'other', ...")
     targets = _texts(path, content, "target")

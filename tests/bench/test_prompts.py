@@ -101,7 +101,7 @@ def test_the_first_prompts_alone(tmp_path) -> None:
     ("name", "content", "words"),
     [
         ("a.txt", "x", "neither .json nor .csv"),
-        ("a.json", "{", "is no JSON"),
+        ("a.json", "{", "is not JSON"),
         ("a.json", "[1]", "holds a list; expected an object"),
         ("a.json", '{"other": ["x"], "reference": "y"}', "has no 'target'.*found 'other', 'reference'"),
         ("a.json", '{"target": ""}', "has no 'target'"),

@@ -180,7 +180,7 @@ def test_an_address_of_something_else_is_one_sentence(prompts: Path, tmp_path: P
         threading.Thread(target=other.serve_forever, daemon=True).start()
         assert main(arguments(prompts, tmp_path / "run", "--server", f"{LOOPBACK}:{other.server_port}")) == 1
         other.shutdown()
-    assert "answers as no ComfyUI does" in capsys.readouterr().err
+    assert "does not answer like a ComfyUI" in capsys.readouterr().err
 
 
 @contextmanager

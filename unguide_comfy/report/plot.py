@@ -42,7 +42,7 @@ def report_plot(verdicts: Sequence[Verdict]) -> torch.Tensor:
 
 
 def loss_curve(losses: Sequence[float], iterations: int, side: int) -> Image.Image:
-    """Return a square picture of the loss by iteration, from 0 to its highest value.
+    """Return a square plot of the loss by iteration, from 0 to its highest value.
 
     Args:
         losses: of the iterations so far.
@@ -64,9 +64,9 @@ def loss_curve(losses: Sequence[float], iterations: int, side: int) -> Image.Ima
     return image
 
 
-def as_image(picture: Image.Image) -> torch.Tensor:
-    """Return a picture as an IMAGE, [1, H, W, 3] in 0..1."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255.0)[None]
+def as_image(plot: Image.Image) -> torch.Tensor:
+    """Return a plot as an IMAGE, [1, H, W, 3] in 0..1."""
+    return torch.from_numpy(np.asarray(plot.convert("RGB")).astype(np.float32) / 255.0)[None]
 
 
 def _draw_verdict(image: Image.Image, draw: ImageDraw.ImageDraw, verdict: Verdict, top: int) -> None:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 SIDE = 256
 """Of a preview, in pixels."""
 EVERY = 1.0
-"""Seconds between pictures of the loss, at least."""
+"""Seconds between plots of the loss, at least."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class TrainingDisplay:
             with torch.no_grad():
                 self._preview = self.previewer.decode_latent_to_preview(report.preview)
         due = report.preview is not None or time.perf_counter() - self._shown > EVERY
-        picture = self._picture(at.iterations) if due else None
-        self.bar.update_absolute(at.iteration, at.iterations, picture)
+        plot = self._plot(at.iterations) if due else None
+        self.bar.update_absolute(at.iteration, at.iterations, plot)
         say(report.text)
         if at.iteration % max(1, at.iterations // 10) == 0:
             log.info("UnGuide: training, %s", report.text)
 
-    def _picture(self, iterations: int) -> tuple[str, Image.Image, int]:
+    def _plot(self, iterations: int) -> tuple[str, Image.Image, int]:
         """The last preview beside the loss so far, as the host's progress bar takes it."""
         self._shown = time.perf_counter()
         curve = loss_curve(self.losses, iterations, SIDE)
