@@ -33,13 +33,13 @@ def rows(server: Server) -> dict[str, list[demo.Cell]]:
 
 def test_a_row_has_an_image_per_column_and_the_gates_numbers_under_unguide(rows: dict[str, list[demo.Cell]]) -> None:
     for cells in rows.values():
-        base, lora_only, unguide = cells
+        base, lora_only, _ = cells
         assert [cell.column for cell in cells] == list(demo.COLUMNS)
         assert base.png != lora_only.png
-        assert base.model_evaluations == lora_only.model_evaluations == 60
+        # the text decides: two evaluations for each of 20 steps, and none for the gate
+        assert {cell.model_evaluations for cell in cells} == {40}
         assert base.detected is lora_only.detected is None
         assert all(cell.seconds > 0 for cell in cells)
-        assert unguide.model_evaluations > 60
     cat, dog = rows[CAT][2], rows[DOG][2]
     assert (cat.detected, cat.weight) == (True, 0)
     assert (dog.detected, dog.weight) == (False, 1)
