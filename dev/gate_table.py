@@ -29,10 +29,11 @@ SETS = ("selective", "preset", "paper")
 FIELDS = {"selective": "shipped"}
 """The names of sets in the JSON file, where they differ."""
 PRODUCT = "the gate"
-KINDS = ("name", "synonym", "in a scene", "other class", "other synonym", "scene", "empty")
+KINDS = ("name", "synonym", "in a scene", "other class", "other synonym", "other in a scene", "scene", "empty")
 WITH_THE_CONCEPT = KINDS[:3]
-# other scenes than those that the adapters are calibrated in
-SCENES_WITH_OBJECTS = ("forest", "snow")
+SCENES_WITH_OBJECTS = ("night", "snow")
+TEMPLATE = "a picture of a {}"
+"""Training and calibration name a word in other templates."""
 
 
 @dataclass(frozen=True)
@@ -138,21 +139,21 @@ def trained(seed: int) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def prompts() -> dict[str, dict[str, str]]:
-    """Return every prompt, with its kind as seen from each concept."""
-    from demo.captions import CLASSES, PLACES, SCENES, SYNONYMS, article
+    """Return every prompt, with its kind as seen from each concept. None was part of a training or a calibration."""
+    from demo.captions import CLASSES, PLACES, SCENES, SYNONYMS, fill
 
     def seen(owner: str, own: str, other: str) -> dict[str, str]:
         return {concept: own if concept == owner else other for concept in CLASSES}
 
     kinds: dict[str, dict[str, str]] = {}
     for name in CLASSES:
-        kinds[f"a photo of the {name}"] = seen(name, "name", "other class")
+        kinds[fill(TEMPLATE, name)] = seen(name, "name", "other class")
         for synonym in SYNONYMS[name]:
-            kinds[f"a photo of the {synonym}"] = seen(name, "synonym", "other synonym")
+            kinds[fill(TEMPLATE, synonym)] = seen(name, "synonym", "other synonym")
         for scene in SCENES_WITH_OBJECTS:
-            kinds[f"{article(name)} {name} {PLACES[scene]}"] = {name: "in a scene"}
+            kinds[f"{fill(TEMPLATE, name)} {PLACES[scene]}"] = seen(name, "in a scene", "other in a scene")
     for scene in SCENES[:6]:
-        kinds[f"a photo of the {scene}"] = seen("", "", "scene")
+        kinds[fill(TEMPLATE, scene)] = seen("", "", "scene")
     return {**kinds, "": seen("", "", "empty")}
 
 

@@ -36,8 +36,9 @@ class EraseConcept(io.ComfyNode):
                 io.String.Input(
                     "generate_instead",
                     default="",
-                    tooltip="What to generate in its place, such as 'forest'. Empty: something neutral is chosen. With "
-                    "several concepts name one for all, or one for each, separated by commas.",
+                    tooltip="What to generate in its place, such as 'forest'. Empty: the least similar scene, "
+                    "another person for a person, a plain image for a style. With several concepts name one for all, "
+                    "or one for each, separated by commas.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -64,7 +65,7 @@ class EraseConcept(io.ComfyNode):
                     default="object",
                     optional=True,
                     tooltip="How prompts name it. object: 'a photo of the cat'. person: a name, which another person "
-                    "replaces. style: 'a painting in the style of', which a plain painting replaces.",
+                    "replaces. style: 'a painting in the style of', which a plain image replaces.",
                 ),
                 advanced(
                     io.String,
@@ -72,7 +73,7 @@ class EraseConcept(io.ComfyNode):
                     default=", ".join(SCENES),
                     optional=True,
                     tooltip="Scenes in which the concept is erased as well ('a cat in the forest'), separated by "
-                    "commas. They keep the rest of the image; add the scenes that your prompts use.",
+                    "commas. The rest of these images is kept; add the scenes that your prompts use.",
                 ),
                 advanced(
                     io.String,
@@ -81,7 +82,7 @@ class EraseConcept(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     tooltip="Further prompts to erase with the first concept, one per line: 'prompt -> what takes its "
-                    "place'. Without an arrow the empty prompt does, as for published lists of prompts.",
+                    "place'. Without an arrow the empty prompt takes its place, so published lists can be pasted.",
                 ),
                 advanced(
                     io.String,

@@ -20,16 +20,18 @@ class UnGuideSettings(io.ComfyNode):
             node_id="UnGuideSettings",
             display_name="UnGuide Settings",
             description="How the gate decides whether a prompt carries the erased concept, and what follows. You do "
-            "not need this node for a start: without it, UnGuide uses these defaults.",
+            "not need this node to start with: without it, UnGuide uses these defaults.",
             search_aliases=["unguide options", "threshold", "false positive rate", "gate settings"],
             inputs=[
                 io.Combo.Input(
                     "decide",
                     options=list(DECIDE),
                     default=DEFAULTS.decide,
-                    tooltip="during sampling: at an early step of the image itself, separately for each image of a "
-                    "batch, at one extra model evaluation. before sampling: once per prompt, at about a dozen. as the "
-                    "paper: the research code's schedule, probe and weights (-1, 2); slow. always erase: no gate.",
+                    tooltip="A calibrated LoRA's text stage decides most prompts first, at no cost. What it leaves open is "
+                    "decided, during sampling: at an early step of the image itself, separately for each image of a "
+                    "batch, at one model evaluation; before sampling: once per prompt, at about a dozen evaluations. "
+                    "as the paper: the research code's schedule, probe and weights (-1, 2); slow. always erase: no "
+                    "gate.",
                 ),
                 io.Boolean.Input(
                     "resist_adversarial",
@@ -50,11 +52,10 @@ class UnGuideSettings(io.ComfyNode):
                     "check_image",
                     options=list(CHECK_IMAGE),
                     default=DEFAULTS.check_image,
-                    tooltip="Whether the image itself is read, too, if the LoRA is calibrated: a start image or chosen "
-                    "noise can bring a concept that no prompt names. automatic: late in the run if that is free, and "
-                    "a start image at one model evaluation. always: at one more evaluation if it is not free. "
-                    "never: the default, until more is known of its false positives; resist_adversarial reads it all "
-                    "the same.",
+                    tooltip="Whether the gate also reads the image itself, where the LoRA is calibrated: a start image or "
+                    "chosen noise can bring a concept that no prompt names. automatic: reads a start image at one "
+                    "model evaluation, and the image late in the run where that is free. always: reads the image at "
+                    "one more evaluation where it is not free. never: reads it with resist_adversarial alone.",
                 ),
                 io.Float.Input(
                     "false_positive_rate",
@@ -62,8 +63,8 @@ class UnGuideSettings(io.ComfyNode):
                     min=0.001,
                     max=0.3,
                     step=0.001,
-                    tooltip="Share of unrelated prompts that may be taken for the concept, where the LoRA is "
-                    "calibrated. Raise it to detect more.",
+                    tooltip="Share of unrelated images that may be taken for a concept, for all calibrated LoRAs on "
+                    "the model together. Raise it to detect more.",
                 ),
                 advanced(
                     io.Combo,
@@ -71,7 +72,7 @@ class UnGuideSettings(io.ComfyNode):
                     options=list(CHOICES),
                     default=DEFAULTS.statistic,
                     tooltip="What decides. influence: the LoRA's effect on the prompt, relative to its effect on the "
-                    "concept. alignment: how far the prompt pulls the image where the concept's own prompt pulls it. "
+                    "concept. alignment: how far the prompt pulls the image in the direction of the concept's own. "
                     "paper: the effect, compared with that on the empty prompt. automatic: the best that inputs and "
                     "calibration allow.",
                 ),
@@ -99,8 +100,8 @@ class UnGuideSettings(io.ComfyNode):
                     max=4.0,
                     step=0.05,
                     tooltip="The base model's weight in the blend where the concept is detected. 0: the erasure LoRA "
-                    "alone. Below 0: past the LoRA, at twice the evaluations; the loader's strength does nearly the "
-                    "same in one pass.",
+                    "alone. Below 0: past the LoRA, at twice the evaluations; strength 2 in Load Erasure LoRA does "
+                    "nearly the same in one pass.",
                 ),
                 advanced(
                     io.Float,
@@ -143,8 +144,8 @@ class UnGuideSettings(io.ComfyNode):
                     io.Boolean,
                     "low_memory",
                     default=DEFAULTS.low_memory,
-                    tooltip="Computes base and adapted predictions one after the other. They share a forward only "
-                    "where memory allows anyway; this forbids it.",
+                    tooltip="Computes base and adapted predictions one after the other, and never in one batch. Without "
+                    "it they share a batch where memory allows.",
                 ),
                 io.Conditioning.Input(
                     "neutral",

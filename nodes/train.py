@@ -84,7 +84,8 @@ class TrainErasureLora(io.ComfyNode):
                     default="object",
                     optional=True,
                     tooltip="Which layers to train. object: keys and values of cross-attention. explicit content: "
-                    "everything but cross-attention. style: all of cross-attention. custom: layer_pattern.",
+                    "every linear layer but those of cross-attention and the time embedding. style: all of "
+                    "cross-attention. custom: layer_pattern.",
                 ),
                 advanced(
                     io.Float,
@@ -106,8 +107,8 @@ class TrainErasureLora(io.ComfyNode):
                     step=0.000001,
                     round=False,
                     optional=True,
-                    tooltip="Learning rate of the factor that reads the prompt. Ten times the other rate lets it turn "
-                    "to the concept's words and away from others. 0: the preset's ratio.",
+                    tooltip="Learning rate of the LoRA's down factor, which reads the prompt. Ten times learning_rate "
+                    "lets it turn to the concept's words and away from others. 0: the preset's ratio.",
                 ),
                 advanced(
                     io.Int,
@@ -157,7 +158,7 @@ class TrainErasureLora(io.ComfyNode):
                     min=0,
                     max=500,
                     optional=True,
-                    tooltip="Steps of these rollouts. 0: the preset's (paper 50, selective 10).",
+                    tooltip="Steps of the rollouts that give the latents to train at. 0: the preset's (paper 50, selective 10).",
                 ),
                 advanced(
                     io.String,

@@ -37,7 +37,7 @@ def erasure_lora_input() -> Any:
     """The erasure LoRAs that a node works with."""
     return ErasureLoraWire.Input(
         "erasure_lora",
-        tooltip="The erasure LoRA, or a stack of them, from Load Erasure LoRA. Do not apply it with a LoRA loader.",
+        tooltip="The erasure LoRA, or a stack of them. Do not apply its file with a LoRA loader as well.",
     )
 
 

@@ -11,7 +11,6 @@ from unguide_core.adapter import LowRank
 from unguide_core.probe.calibration import Calibration
 from unguide_core.probe.spread import Spread, joint_rate
 from unguide_core.probe.text import (
-    OPEN,
     Scores,
     TextCalibration,
     calibrated_text,
@@ -87,24 +86,23 @@ def scores(own: tuple[float, float], others: tuple[float, float]) -> Scores:
 
 def test_the_thresholds_lie_between_the_two_kinds_of_prompts():
     lower, upper = scores((0.8, 1.1), (0.0, 0.4)).thresholds(0.01)
-    assert lower == pytest.approx(0.4 * (1.0 - OPEN), abs=0.01)
-    assert 0.4 < upper < 0.8
+    assert lower == pytest.approx(0.4 * (1.0 - 0.01), abs=0.001)
+    assert upper == pytest.approx(math.sqrt(lower * 0.8), abs=0.01)
 
 
-def test_the_lower_threshold_stays_well_below_the_upper_one_and_never_above_it():
-    lower, upper = scores((0.8, 1.1), (0.7, 0.75)).thresholds(0.01)
-    assert lower == pytest.approx(0.75 * upper)
+def test_the_lower_threshold_is_above_zero_where_other_prompts_score_below_it():
+    lower, upper = scores((0.8, 1.1), (-0.4, -0.1)).thresholds(0.01)
+    assert 0.0 < lower < upper < 0.8
 
 
 def test_a_statistic_that_does_not_separate_has_no_thresholds():
     assert scores((0.4, 1.0), (0.0, 0.6)).thresholds(0.01) is None
 
 
-def test_the_more_adapters_the_higher_the_upper_threshold():
+def test_the_more_adapters_the_higher_the_thresholds():
     found = scores((0.8, 1.1), (0.0, 0.5))
-    assert [found.thresholds(0.03, n)[1] for n in (1, 4, 10)] == sorted(
-        {found.thresholds(0.03, n)[1] for n in (1, 4, 10)}
-    )
+    for values in zip(*(found.thresholds(0.03, n) for n in (1, 4, 10)), strict=True):
+        assert list(values) == sorted(set(values))
 
 
 @pytest.mark.parametrize("adapters", [1, 2, 10, 100])

@@ -26,6 +26,9 @@ from ..lora.load import Conditioning
 from .conds import Context, Entry, is_everywhere, same_text
 from .rollout import noise_at, rollout, schedule
 
+BATCH = 8
+"""Images that a probe is fitted to are generated in batches of at least so many, prompts permitting."""
+
 
 def row_of(conds: Sequence[Sequence[Entry] | None], neutral: Conditioning) -> int | None:
     """Return which of a run's conditionings is the neutral prompt and nothing besides: no area, no ControlNet."""
@@ -37,16 +40,19 @@ def row_of(conds: Sequence[Sequence[Entry] | None], neutral: Conditioning) -> in
     return None
 
 
-def read_images(context: Context, neutral: Conditioning, latents: torch.Tensor, seed: int) -> torch.Tensor:
-    """Return features of images, [B, F]: one model evaluation each, under the same noise.
+def read_images(
+    context: Context, neutral: Conditioning, latents: torch.Tensor, seed: int, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return features of images, [B, F]: one model evaluation each.
 
     Args:
         latents: of the images, as the model knows them, [B, C, ...].
-        seed: of the noise.
+        seed: of noise that all images share.
+        noise: unit noise in its place, as `latents`.
     """
-    shape = (1, *latents.shape[1:])
     latents = latents.to(context.device, torch.float32)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(latents).expand_as(latents)
+    noise = _unit_noise(seed, latents.shape[1:]) if noise is None else noise
+    noise = noise.to(latents).expand_as(latents)
     entry = {name: value for name, value in context.prompt[0].items() if name not in ("control", "gligen")}
     entries = context.retargeted(entry, neutral, latents, seed)
     noisy = context.model.model_sampling.noise_scaling(torch.tensor(SIGMA, device=noise.device), noise, latents, False)
@@ -88,30 +94,70 @@ def fitted_probes(
     wanted: dict[int, tuple[Conditioning, int]] = {}
     for conditioning, count in (one for pair in groups for group in pair for one in group):
         wanted[id(conditioning)] = conditioning, max(count, wanted.get(id(conditioning), (None, 0))[1])
-    features: dict[int, torch.Tensor] = {}
-    for number, (key, (conditioning, count)) in enumerate(wanted.items(), start=1):
-        features[key] = _features_of(context, conditioning, neutral, count, shape, (seed + number) % 2**63)
-        on_prompt(number, len(wanted))
+    number = {key: place for place, key in enumerate(wanted)}
+    features = _features(context, list(wanted.values()), neutral, shape, seed, on_prompt)
 
     def of_group(group: Sequence[tuple[Conditioning, int]]) -> torch.Tensor:
-        return torch.cat([features[id(conditioning)][:count] for conditioning, count in group])
+        return torch.cat([features[number[id(conditioning)]][:count] for conditioning, count in group])
 
     return [fit_image_probe(*map(of_group, pair)) if all(pair) else None for pair in groups]
 
 
-def _features_of(
+def _features(
     context: Context,
-    conditioning: Conditioning,
+    wanted: Sequence[tuple[Conditioning, int]],
     neutral: Conditioning,
-    count: int,
     shape: Sequence[int],
     seed: int,
-) -> torch.Tensor:
-    """Features of images that the base model generates for a prompt, [count, F], on the CPU."""
-    sigmas = schedule(context, STEPS)
-    latent = noise_at(context, float(sigmas[0]), (count, *shape), seed)
-    entries = context.retargeted(context.prompt[0], conditioning, latent, seed)
-    return read_images(context, neutral, rollout(context, latent, sigmas, entries, seed), seed).cpu()
+    on_prompt: Callable[[int, int], None],
+) -> list[torch.Tensor]:
+    """Features of images that the base model generates, so many for each prompt, [count, F], on the CPU.
+
+    Prompts of one shape are generated in one batch; each has noise of its own, which does not depend on the batch.
+    """
+    sigmas, features, batch = schedule(context, STEPS), [], []
+    for number, (conditioning, count) in enumerate(wanted, start=1):
+        batch.append((conditioning, count, (seed + number) % 2**63))
+        following = wanted[number][0] if number < len(wanted) else None
+        if following is not None and sum(count for _, count, _ in batch) < BATCH and _alike(conditioning, following):
+            continue
+        joined = _joined([(one, count) for one, count, _ in batch])
+        latent = torch.cat([noise_at(context, float(sigmas[0]), (n, *shape), own) for _, n, own in batch])
+        entries = context.retargeted(context.prompt[0], joined, latent, seed)
+        images = rollout(context, latent, sigmas, entries, seed)
+        noise = torch.cat([_unit_noise(own, shape).expand(n, *shape) for _, n, own in batch])
+        found = read_images(context, neutral, images, seed, noise).cpu()
+        features += found.split([count for _, count, _ in batch])
+        batch = []
+        on_prompt(number, len(wanted))
+    return features
+
+
+def _alike(one: Conditioning, other: Conditioning) -> bool:
+    """Whether two encoded prompts can be rows of one batch: a single entry each, of the same shapes and options."""
+    if len(one) != 1 or len(other) != 1:
+        return False
+    (text, options), (second, others) = one[0], other[0]
+    if set(options) - {"pooled_output"} or set(options) != set(others) or text.shape != second.shape:
+        return False
+    pooled, pooled_too = options.get("pooled_output"), others.get("pooled_output")
+    return (pooled is None) == (pooled_too is None) and (pooled is None or pooled.shape == pooled_too.shape)
+
+
+def _joined(prompts: Sequence[tuple[Conditioning, int]]) -> Conditioning:
+    """Encoded prompts as one batch, each in so many rows."""
+    if len(prompts) == 1:
+        return prompts[0][0]
+    entries = [(conditioning[0], count) for conditioning, count in prompts]
+    text = torch.cat([text.expand(count, *text.shape[1:]) for (text, _), count in entries])
+    pooled = [(options.get("pooled_output"), count) for (_, options), count in entries]
+    if pooled[0][0] is None:
+        return [[text, {}]]
+    return [[text, {"pooled_output": torch.cat([row.expand(count, *row.shape[1:]) for row, count in pooled])}]]
+
+
+def _unit_noise(seed: int, shape: Sequence[int]) -> torch.Tensor:
+    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
 
 
 def _unlike(prompts: Sequence[Conditioning], neutral: Conditioning) -> list[Conditioning]:

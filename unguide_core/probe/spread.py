@@ -12,6 +12,9 @@ import torch
 TAIL_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """False-positive and false-negative rates whose thresholds are stored; those in between are interpolated."""
 
+LEAST = 1e-3
+"""The least score that a threshold may be."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -82,7 +85,7 @@ def threshold(concept: Spread, others: Spread, false_positive_rate: float, adapt
     smaller fraction than `false_positive_rate` of the prompts with the concept lies below it, it is raised to the
     geometric mean of the two bounds, so that both error rates stay below the ones asked for.
     """
-    low = max(others.beyond(joint_rate(false_positive_rate, adapters)), 1e-3)
+    low = max(others.beyond(joint_rate(false_positive_rate, adapters)), LEAST)
     high = concept.beyond(false_positive_rate)
     return math.sqrt(low * high) if high > low else low
 

@@ -23,13 +23,7 @@ import torch
 from torch import Tensor
 
 from ..adapter.lowrank import LowRank
-from .spread import TAIL_RATES, Spread, joint_rate, threshold
-
-OPEN = 0.03
-"""The share of other prompts that the text stage may leave open."""
-
-LOWER_SHARE = 0.75
-"""The lower threshold is at most this part of the upper one."""
+from .spread import LEAST, TAIL_RATES, Spread, joint_rate, threshold
 
 WIDTH_LIMIT = 1 << 14
 """The widest text states that a card may name; the widest known model's have 4096."""
@@ -115,18 +109,18 @@ class Scores:
     def thresholds(self, false_positive_rate: float, adapters: int = 1) -> tuple[float, float] | None:
         """Return the two thresholds: below the first the concept is absent, from the second on it is there.
 
-        The second is `spread.threshold`. The first is the score that `OPEN` of the other prompts exceed, and at most
-        `LOWER_SHARE` of the second. None where the statistic does not separate, which is where the accepted false
-        positives score as high as the concept's weakest prompts.
+        The first is the score that the accepted share of the other prompts exceeds. The second, `spread.threshold`,
+        lies half way (in the logarithm) from there to the concept's weakest prompts. None where the statistic does
+        not separate, which is where the accepted false positives score as high as these.
 
         Args:
             false_positive_rate: accepted for one image.
             adapters: on the model, which share that rate, see `spread.joint_rate`.
         """
-        if self.concept.beyond(TAIL_RATES[0]) <= self.others.beyond(joint_rate(false_positive_rate, adapters)):
+        lower = max(self.others.beyond(joint_rate(false_positive_rate, adapters)), LEAST)
+        if self.concept.beyond(TAIL_RATES[0]) <= lower:
             return None
-        upper = threshold(self.concept, self.others, false_positive_rate, adapters)
-        return min(self.others.beyond(OPEN), LOWER_SHARE * upper), upper
+        return lower, threshold(self.concept, self.others, false_positive_rate, adapters)
 
 
 @dataclass(frozen=True)
