@@ -30,8 +30,8 @@ from unguide_core.adapter import LowRank
 from unguide_core.training.prompts import Pair, TrainingPrompts
 from unguide_core.training.recipe import PRESETS, Recipe
 
-from .captions import CLASSES, words_for
-from .erasure import RECIPES, photo, prompts_of, train_one
+from .captions import CLASSES, photo, words_for
+from .erasure import RECIPES, prompts_of, train_one
 from .evaluate import accuracies, generate, judge, other_prompts, own_prompts, summary
 from .gate import ERASED_FROM, Probes, calibrated
 from .narrow import Layers, Narrow, start_worker, worker_model

@@ -30,7 +30,7 @@ from unguide_core.training.prompts import Pair, TrainingPrompts
 from unguide_core.training.recipe import PRESETS, Recipe
 from unguide_core.training.trainer import Training, fresh_layers
 
-from .captions import CLASSES, PLACES, SCENES, SYNONYMS, article, words_for
+from .captions import CLASSES, REFERENCES, SCENES, SYNONYMS, photo, placed, words_for
 from .narrow import (
     LATENT,
     Layers,
@@ -49,32 +49,8 @@ LORAS = Path(__file__).parent / "loras"
 SETS = ("paper", "selective")
 PREFIX = "diffusion_model."
 
-REFERENCES: dict[str, str] = {
-    "airplane": "sea",
-    "automobile": "beach",
-    "bird": "beach",
-    "cat": "forest",
-    "deer": "sea",
-    "dog": "field",
-    "frog": "snow",
-    "horse": "night",
-    "ship": "ground",
-    "truck": "sky",
-}
-"""The scene whose prediction takes the place of each class."""
-
 EMPTY_REPEATS = 9
 """How often more than another prompt to keep the empty one is: it is half of every guided prediction."""
-
-
-def photo(word: str) -> str:
-    """Returns the prompt that everything is trained and measured with."""
-    return f"a photo of the {word}"
-
-
-def placed(word: str, scene: str) -> str:
-    """Returns the prompt of an object in a scene."""
-    return f"{article(word)} {word} {PLACES[scene]}"
 
 
 RECIPES: dict[str, Recipe] = {

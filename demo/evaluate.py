@@ -24,9 +24,9 @@ from torch import Tensor
 from unguide_core.formats import load_adapter
 from unguide_core.schedule import partial_denoise, to_sigma_space
 
-from .captions import CLASSES, SCENES, SYNONYMS, words_for
+from .captions import CLASSES, SCENES, SYNONYMS, photo, placed, words_for
 from .classifier import classify
-from .erasure import SETS, narrowed, path_of, photo, placed
+from .erasure import SETS, narrowed, path_of
 from .narrow import (
     LATENT,
     Layers,

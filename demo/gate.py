@@ -20,8 +20,7 @@ from unguide_core.probe.calibration import UNCALIBRATED, Level, tells_apart
 from unguide_core.probe.spread import Spread
 from unguide_core.schedule import partial_denoise, to_sigma_space
 
-from .captions import CLASSES, SCENES, words_for
-from .erasure import photo, placed
+from .captions import CLASSES, SCENES, photo, placed, words_for
 from .narrow import LATENT, Layers, Narrow, adapted_table, normal_sigmas, timestep_of
 
 PROBE_STEPS = 2

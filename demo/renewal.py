@@ -19,8 +19,8 @@ from unguide_core.training.recipe import PRESETS
 from unguide_core.training.rollout import Latents
 from unguide_core.training.trainer import Training, fresh_layers
 
-from .captions import CLASSES, SYNONYMS
-from .erasure import REFERENCES, Learner
+from .captions import CLASSES, REFERENCES, SYNONYMS
+from .erasure import Learner
 from .narrow import LATENT, Narrow, load_narrow
 from .unet import CONTEXT_DIM
 

@@ -20,8 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from demo.captions import CLASSES, SCENES, words_for
-from demo.erasure import photo
+from demo.captions import CLASSES, SCENES, photo, words_for
 from dev.benchmark.cells import start_worker
 from dev.benchmark.studio import Generated, Studio, judged, studio
 from dev.pack import pack_module

@@ -126,8 +126,7 @@ class Demo:
 
 def trained(seed: int) -> tuple[Any, Any, dict[str, Any]]:
     """Return the model, its CLIP and the erasure LoRAs that the node trains on it, by concept."""
-    from demo.captions import CLASSES, SYNONYMS
-    from demo.erasure import REFERENCES
+    from demo.captions import CLASSES, REFERENCES, SYNONYMS
     from dev.training_table import InTheGraph
 
     way, loras = InTheGraph(seed), {}

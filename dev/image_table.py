@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from demo.captions import CLASSES, PLACES, SCENES, article
-from demo.erasure import REFERENCES, photo
+from demo.captions import CLASSES, PLACES, REFERENCES, SCENES, article, photo
 from dev.benchmark.attacks import Trial, attacks
 from dev.benchmark.studio import Studio, judged, studio
 from dev.pack import pack_module

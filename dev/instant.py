@@ -22,8 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from demo.captions import CLASSES, SCENES, SYNONYMS, words_for
-from demo.erasure import photo, placed
+from demo.captions import CLASSES, SCENES, SYNONYMS, photo, placed, words_for
 from dev import instant_start
 from dev.benchmark.cells import start_worker
 from dev.benchmark.studio import CLOSED_FORM, STEPS, Generated, Studio, judged, studio

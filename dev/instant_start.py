@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from demo.captions import SYNONYMS
-from demo.erasure import REFERENCES
+from demo.captions import REFERENCES, SYNONYMS
 
 CONCEPTS = ("cat", "airplane", "horse")
 CHECK = 10

@@ -182,8 +182,7 @@ def start(folder: Path, seed: int, asked: Sequence[str]) -> None:
 def measure(concept: str, images: int) -> dict[str, Any]:
     """Return the figures of a concept's adapters, by way."""
     from demo.ablation import measured
-    from demo.captions import SYNONYMS
-    from demo.erasure import REFERENCES
+    from demo.captions import REFERENCES, SYNONYMS
 
     row: dict[str, Any] = {"concept": concept}
     layers = {}

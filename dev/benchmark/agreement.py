@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from demo.captions import CLASSES
-from demo.erasure import photo
+from demo.captions import CLASSES, photo
 from dev.benchmark.methods import gate
 from dev.benchmark.studio import Studio, studio
 

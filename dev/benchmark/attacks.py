@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from demo.captions import CLASSES, SYNONYMS
-from demo.erasure import REFERENCES, photo
+from demo.captions import CLASSES, REFERENCES, SYNONYMS, photo
 from dev.benchmark.studio import SCHEDULER, Studio
 
 EMBEDDING_STEPS, EMBEDDING_BATCH, EMBEDDING_RATE = 150, 8, 0.02

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from demo.captions import CLASSES, words_for
-from demo.erasure import LORAS, photo
+from demo.captions import CLASSES, photo, words_for
+from demo.erasure import LORAS
 from demo.seed import SEED_PATH
 from dev.benchmark.attacks import Trial, attacks
 from dev.benchmark.methods import alone, gate, gated, methods

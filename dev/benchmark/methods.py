@@ -61,7 +61,7 @@ def generate_replaced(studio: Studio, concept: str, prompt: str, seeds: Sequence
     """Generate with the base model, with the reference prompt from the first step on where the gate detects."""
     import torch
 
-    from demo.erasure import REFERENCES, photo
+    from demo.captions import REFERENCES, photo
 
     lora, positive = studio.lora("selective", concept), studio.encode(prompt)
     probe = studio.guided(lora, positive, seeds, gate(studio), last_step=PROBE_STEPS + 1)

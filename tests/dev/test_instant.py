@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from demo.captions import CLASSES, SCENES, words_for
-from demo.erasure import photo
+from demo.captions import CLASSES, SCENES, photo, words_for
 from dev import instant
 from dev.instant import HELD_OUT, Row
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from demo.erasure import REFERENCES, photo
+from demo.captions import REFERENCES, photo
 from dev.benchmark import attacks, cells
 from dev.benchmark.cells import Plan
 from dev.benchmark.main import run

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from demo.erasure import photo
+from demo.captions import photo
 from dev.benchmark import attacks
 from dev.benchmark.studio import CFG, SAMPLER, SCHEDULER, STEPS, judged, studio
 from tests.conftest import pack_module

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from demo.erasure import photo
+from demo.captions import photo
 from dev.benchmark import attacks
 from dev.benchmark.methods import gate
 from dev.benchmark.studio import STEPS, judged, studio
