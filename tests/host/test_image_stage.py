@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from demo.captions import photo
-from dev.benchmark import attacks
-from dev.benchmark.studio import CFG, SAMPLER, SCHEDULER, STEPS, judged, studio
+from experiments import attacks
+from experiments.studio import CFG, SAMPLER, SCHEDULER, STEPS, judged, studio
 from tests.conftest import pack_module
 from tests.host.conftest import Observer
 
