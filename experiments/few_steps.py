@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from demo.captions import CLASSES, SCENES, photo, words_for
+from demo.classifier import judged
 from experiments.runner import keep, publish, results, workers
-from experiments.studio import Generated, Studio, identical, judged, studio
+from experiments.studio import Generated, Studio, identical, studio
 from unguide_bench.scores import percent
 from unguide_bench.tables import markdown
 

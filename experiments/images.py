@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from demo.captions import CLASSES, REFERENCES, SCENES, photo, placed
+from demo.classifier import judged
 from experiments.attacks import Trial, attacks
 from experiments.runner import keep, publish
-from experiments.studio import Studio, identical, judged, studio
+from experiments.studio import Studio, identical, studio
 from unguide_bench.tables import markdown
 
 FIRST_SEED = 930_000

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from demo.captions import CLASSES, SYNONYMS
-from demo.classifier import LABELS, classify
+from demo.captions import SYNONYMS
+from demo.classifier import judged
 from demo.networks import load_vae
 from demo.seed import VAE_SCALE
 from demo.shapes import TEXT_LAYERS
@@ -300,16 +300,6 @@ class Studio:
 def identical(one: Any, other: Any) -> bool:
     """Return whether two latents are the same, bit for bit."""
     return bool(np.asarray(one).tobytes() == np.asarray(other).tobytes())
-
-
-def judged(images: Any) -> list[tuple[str, str]]:
-    """Return what each image shows, and which of the ten classes it is nearest to.
-
-    The judge may see "other". A scene must be nearest to something: of the ten, a desert is nearest to a bird.
-    """
-    shares = classify(images)
-    nearest = shares[:, : len(CLASSES)].argmax(dim=-1).tolist()
-    return [(LABELS[i], CLASSES[j]) for i, j in zip(shares.argmax(dim=-1).tolist(), nearest, strict=True)]
 
 
 @lru_cache(maxsize=2)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from demo.classifier import LABELS, classify
+from demo.classifier import judged
 from dev.api import NoAnswerError, seconds_of
 from dev.host import Host
 from dev.report import DevError
@@ -90,7 +90,7 @@ def said(shown: Shown) -> str:
 
 def labels(files: Iterable[bytes]) -> list[str]:
     """Return the classifier's label of each image file."""
-    return [LABELS[int(classify(pixels(png)[None]).argmax(dim=-1)[0])] for png in files]
+    return [judged(pixels(png))[0][0] for png in files]
 
 
 def pixels(png: bytes) -> Any:

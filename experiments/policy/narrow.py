@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
+from demo.seed import narrow_unet_state_dict
 from dev.host import Host
 from dev.models import CHECKPOINT as WIDE
 from dev.pack import pack_module, start_host
@@ -39,9 +42,6 @@ def write_demo(host: Host, folder: Path) -> None:
     """Write the narrow checkpoint and an erasure LoRA for it into `checkpoints` and `loras` of a folder."""
     start_host()
     import comfy.sd
-    from safetensors.torch import load_file, save_file
-
-    from demo.seed import narrow_unet_state_dict
 
     checkpoint, lora = folder / "checkpoints" / CHECKPOINT, folder / "loras" / LORA
     for file in (checkpoint, lora):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from demo.captions import REFERENCES, photo
+from demo.classifier import judged
 from experiments import attacks, cells
 from experiments.cells import Plan
 from experiments.erasure import measured
 from experiments.methods import REPLACED, gate, gated, methods
-from experiments.studio import STEPS, judged, studio
+from experiments.studio import STEPS, studio
 from unguide_bench.scores import BASE, OTHER, means_of
 
 SEEDS = (700_001, 700_002)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from demo.captions import photo
+from demo.classifier import judged
 from experiments import attacks
-from experiments.studio import CFG, SAMPLER, SCHEDULER, STEPS, judged, studio
+from experiments.studio import CFG, SAMPLER, SCHEDULER, STEPS, studio
 from tests.conftest import pack_module
 from tests.host.conftest import Observer
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from demo.captions import photo
+from demo.classifier import judged
 from experiments import attacks
 from experiments.methods import gate
-from experiments.studio import STEPS, judged, studio
+from experiments.studio import STEPS, studio
 
 SEEDS = (700_001, 700_002)
 CAT, DOG = photo("cat"), photo("dog")
