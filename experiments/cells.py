@@ -23,8 +23,8 @@ from demo.seed import SEED_PATH
 from dev.cache import digest, file_digest
 from experiments.attacks import Trial, attacks
 from experiments.methods import alone, gate, gated, methods
-from experiments.studio import CLOSED_FORM, PROBE_STEPS, STEPS, Asked, Generated, Studio, studio
-from unguide_bench.scores import BASE, ERASED, OTHER, SYNONYM, JudgedImage, read_images, write_images, write_whole
+from experiments.studio import CLOSED_FORM, PROBE_STEPS, STEPS, Asked, Generated, Studio, asked, studio
+from unguide_bench.scores import BASE, ERASED, OTHER, JudgedImage, read_images, write_images, write_whole
 
 TIMINGS, TIMES = "timings.json", 5
 ATTACKS, ATTACK_SEEDS = "attacks", 8
@@ -71,12 +71,6 @@ def models_digest() -> str:
     """Return the SHA-256 over the demo model's file and those of its erasure LoRAs."""
     files = [SEED_PATH, *sorted(LORAS.rglob("*.safetensors"))]
     return digest([[path.name, file_digest(path)] for path in files])
-
-
-def asked(concept: str, others: Sequence[str] = CLASSES) -> list[Asked]:
-    """Return a concept's prompts: its name, its synonyms, the other classes' names."""
-    own = [Asked(photo(word), SYNONYM if i else ERASED, concept) for i, word in enumerate(words_for(concept))]
-    return own + [Asked(photo(other), OTHER, other) for other in others if other != concept]
 
 
 def generate_base(plan: Plan, klass: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from demo.captions import SYNONYMS
+from demo.captions import CLASSES, SYNONYMS, photo, words_for
 from demo.classifier import judged
 from demo.networks import load_vae
 from demo.seed import VAE_SCALE
@@ -23,7 +23,7 @@ from demo.shapes import TEXT_LAYERS
 from dev.models import CHECKPOINT
 from dev.pack import pack_module, start_host
 from experiments.narrow import load_narrow_model, narrow_lora
-from unguide_bench.scores import JudgedImage
+from unguide_bench.scores import ERASED, OTHER, SYNONYM, JudgedImage
 
 CFG, STEPS, SAMPLER, SCHEDULER = 4.0, 10, "euler", "normal"
 PROBE_STEPS = 1
@@ -98,6 +98,12 @@ class Asked:
     prompt: str
     kind: str
     label: str
+
+
+def asked(concept: str, others: Sequence[str] = CLASSES) -> list[Asked]:
+    """Return a concept's prompts: its name, its synonyms, the other classes' names."""
+    own = [Asked(photo(word), SYNONYM if i else ERASED, concept) for i, word in enumerate(words_for(concept))]
+    return own + [Asked(photo(other), OTHER, other) for other in others if other != concept]
 
 
 class Studio:

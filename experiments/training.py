@@ -33,7 +33,7 @@ from experiments.calibration import calibrated
 from experiments.commands import SHIPPED, VARIANTS, WAYS
 from experiments.narrow import plain_narrow_model, tokenizer_folder, with_prefix
 from experiments.runner import keep, kept, publish, results, workers
-from experiments.studio import Asked, Studio, studio
+from experiments.studio import Asked, Studio, asked, studio
 from unguide_bench.scores import ERASED, OTHER, SYNONYM, JudgedImage, percent, shown
 from unguide_bench.tables import markdown
 from unguide_core.adapter.names import HOST, renamed
@@ -201,23 +201,22 @@ def way_of(name: str, seed: int) -> OutsideTheHost | InTheGraph | Variant:
 # ---------------------------------------------------------------- figures
 
 
-def asked(concept: str) -> list[Asked]:
+def measured_prompts(concept: str) -> list[Asked]:
     """Return the prompts that an adapter is measured with."""
-    own = [Asked(photo(word), SYNONYM if i else ERASED, concept) for i, word in enumerate(words_for(concept))]
     inside = [Asked(placed(concept, scene), IN_SCENES, concept) for scene in OTHER_SCENES]
-    return [*own, *inside, *(Asked(photo(other), OTHER, other) for other in CLASSES if other != concept)]
+    return [*asked(concept), *inside]
 
 
 def alone(at: Studio, concept: str, lora: Any, images: int) -> dict[str, float]:
     """Return what images by an adapter alone show."""
-    prompts, seeds = asked(concept), range(FIRST_SEED, FIRST_SEED + images)
+    prompts, seeds = measured_prompts(concept), range(FIRST_SEED, FIRST_SEED + images)
     made = at.generate(at.merged(lora), **at.batch([one.prompt for one in prompts], seeds), steps=STEPS)
     return figures(concept, at.judge("alone", concept, prompts, seeds, made)[0])
 
 
 def measured(at: Studio, concept: str, lora: Any, images: int) -> dict[str, Any]:
     """Return what an adapter erases and keeps, alone and behind its gate with default settings."""
-    prompts, seeds = asked(concept), range(FIRST_SEED, FIRST_SEED + images)
+    prompts, seeds = measured_prompts(concept), range(FIRST_SEED, FIRST_SEED + images)
     settings = pack_module("unguide_comfy.probe.settings").Settings()
     made = at.guided(lora, settings=settings, **at.batch([one.prompt for one in prompts], seeds), steps=STEPS)
     gated, _ = at.judge("gated", concept, prompts, seeds, made)
@@ -334,8 +333,8 @@ def _cell(figures: Mapping[str, float]) -> str:
 def run(options: Namespace) -> None:
     """Train and measure what the file of an earlier run does not have, and print the tables."""
     rows = {(row["concept"], row.get("seed", 0)): row for row in kept(options.json)}
-    asked = [(concept, seed) for seed in options.seed for concept in options.concept]
-    left = {key: [way for way in options.way if way not in rows.get(key, ())] for key in asked}
+    wanted = [(concept, seed) for seed in options.seed for concept in options.concept]
+    left = {key: [way for way in options.way if way not in rows.get(key, ())] for key in wanted}
     with workers(options.jobs) as pool:
         tasks = {
             (concept, seed): pool.submit(measure, concept, ways, seed, options.images)
