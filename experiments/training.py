@@ -244,22 +244,22 @@ def figures(concept: str, images: Sequence[JudgedImage]) -> dict[str, float]:
 
 def measure(concept: str, ways: Sequence[str], seed: int, images: int) -> dict[str, Any]:
     """Return the figures of a concept's adapters, by way."""
-    at, row, layers = studio(), dict[str, Any](concept=concept, seed=seed), dict[str, Any]()
+    at, loras, seconds = studio(), dict[str, Any](), dict[str, float]()
     for name in ways:
-        if name in SHIPPED:
-            lora, seconds = at.lora(SHIPPED[name], concept), 0.0
-        else:
-            way, began = way_of(name, seed), time.process_time()
-            lora = way.lora(concept, REFERENCES[concept], SYNONYMS[concept])
-            seconds = time.process_time() - began
-        spent = {key: lora.adapter.card.settings.get(key, 0) for key in ("iterations", "evaluations")}
-        with torch.inference_mode():
-            if name in VARIANTS:
-                (lora,) = calibrated(at, [concept], [lora])
-            row[name] = {**spent, "seconds": seconds, **measured(at, concept, lora, images)}
-        layers[name] = lora.adapter.layers
-    if set(WAYS[:2]) <= set(layers):
-        row["difference"] = difference(*(layers[way] for way in WAYS[:2]))
+        way, began = None if name in SHIPPED else way_of(name, seed), time.process_time()
+        words = concept, REFERENCES[concept], SYNONYMS[concept]
+        loras[name] = at.lora(SHIPPED[name], concept) if way is None else way.lora(*words)
+        seconds[name] = 0.0 if way is None else time.process_time() - began
+    row: dict[str, Any] = {"concept": concept, "seed": seed}
+    with torch.inference_mode():
+        if variants := [name for name in ways if name in VARIANTS]:
+            found = calibrated(at, [concept] * len(variants), [loras[name] for name in variants])
+            loras |= zip(variants, found, strict=True)
+        for name, lora in loras.items():
+            spent = {key: lora.adapter.card.settings.get(key, 0) for key in ("iterations", "evaluations")}
+            row[name] = {**spent, "seconds": seconds[name], **measured(at, concept, lora, images)}
+    if set(WAYS[:2]) <= set(loras):
+        row["difference"] = difference(*(loras[way].adapter.layers for way in WAYS[:2]))
     return row
 
 
