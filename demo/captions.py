@@ -1,4 +1,4 @@
-"""The words: ten classes with their synonyms, ten scenes, and the templates that make captions of them.
+"""The words: ten classes with their synonyms, ten scenes, the scene that takes each class's place, and prompts of them.
 
 It does not know images or tensors.
 """
@@ -57,6 +57,20 @@ PLACES: dict[str, str] = {
     "ground": "on the ground",
 }
 
+REFERENCES: dict[str, str] = {
+    "airplane": "sea",
+    "automobile": "beach",
+    "bird": "beach",
+    "cat": "forest",
+    "deer": "sea",
+    "dog": "field",
+    "frog": "snow",
+    "horse": "night",
+    "ship": "ground",
+    "truck": "sky",
+}
+"""The scene whose prediction takes the place of each class where it is erased."""
+
 
 def article(word: str) -> str:
     """Returns "a" or "an" as the word asks for it."""
@@ -71,6 +85,16 @@ def fill(template: str, word: str) -> str:
 def words_for(klass: str) -> tuple[str, ...]:
     """Returns the class name followed by its synonyms."""
     return (klass, *SYNONYMS[klass])
+
+
+def photo(word: str) -> str:
+    """Returns the prompt that erasure is trained and measured with."""
+    return f"a photo of the {word}"
+
+
+def placed(word: str, scene: str) -> str:
+    """Returns the prompt of an object in a scene."""
+    return f"{article(word)} {word} {PLACES[scene]}"
 
 
 def all_captions(klass: str | None, scene: str | None) -> list[str]:

@@ -100,3 +100,13 @@ def load() -> Judge:
 def classify(images: np.ndarray | Tensor, path: Path = CLASSIFIER_PATH) -> Tensor:
     """Returns probabilities [B, 11] over `LABELS` for images as `as_batch` takes them."""
     return load_classifier(path)(as_batch(images).cpu()).softmax(dim=-1)
+
+
+def judged(images: np.ndarray | Tensor) -> list[tuple[str, str]]:
+    """Returns what each image shows, one of `LABELS`, and which of the ten classes it is nearest to.
+
+    A scene must be nearest to something: of the ten, a desert is nearest to a bird.
+    """
+    shares = classify(images)
+    nearest = shares[:, : len(CLASSES)].argmax(dim=-1).tolist()
+    return [(LABELS[i], CLASSES[j]) for i, j in zip(shares.argmax(dim=-1).tolist(), nearest, strict=True)]

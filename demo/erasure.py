@@ -1,12 +1,12 @@
-"""Trains an erasure LoRA for each of the demo model's ten classes, in two sets, and measures them.
+"""Trains an erasure LoRA for each of the demo model's ten classes, in two sets.
 
-    python -m demo.erasure train --tokenizer ComfyUI/comfy/sd1_tokenizer [--set selective] [--concept cat dog]
-    python -m demo.erasure evaluate --tokenizer ComfyUI/comfy/sd1_tokenizer
+    python -m demo.erasure --tokenizer ComfyUI/comfy/sd1_tokenizer [--set selective] [--concept cat dog]
 
 `paper` is the official recipe (arXiv 2508.05755) with a learning rate that this small model needs. `selective` adds
 what made adapters leave other prompts alone: a larger learning rate for `down`, a preservation term, the concept's
 synonyms, alone and in scenes, as targets. Both train on the narrow UNet and are saved for the wide one, which computes
-the same: its channels are five copies of the narrow one's, and so are the rows of `up`. `demo.evaluate` measures them.
+the same: its channels are five copies of the narrow one's, and so are the rows of `up`. `python3 dev training`
+measures them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from unguide_core.training.prompts import Pair, TrainingPrompts
 from unguide_core.training.recipe import PRESETS, Recipe
 from unguide_core.training.trainer import Training, fresh_layers
 
-from .captions import CLASSES, PLACES, SCENES, SYNONYMS, article, words_for
+from .captions import CLASSES, REFERENCES, SCENES, SYNONYMS, photo, placed, words_for
 from .narrow import (
     LATENT,
     Layers,
@@ -49,32 +49,8 @@ LORAS = Path(__file__).parent / "loras"
 SETS = ("paper", "selective")
 PREFIX = "diffusion_model."
 
-REFERENCES: dict[str, str] = {
-    "airplane": "sea",
-    "automobile": "beach",
-    "bird": "beach",
-    "cat": "forest",
-    "deer": "sea",
-    "dog": "field",
-    "frog": "snow",
-    "horse": "night",
-    "ship": "ground",
-    "truck": "sky",
-}
-"""The scene whose prediction takes the place of each class."""
-
 EMPTY_REPEATS = 9
 """How often more than another prompt to keep the empty one is: it is half of every guided prediction."""
-
-
-def photo(word: str) -> str:
-    """Returns the prompt that everything is trained and measured with."""
-    return f"a photo of the {word}"
-
-
-def placed(word: str, scene: str) -> str:
-    """Returns the prompt of an object in a scene."""
-    return f"{article(word)} {word} {PLACES[scene]}"
 
 
 RECIPES: dict[str, Recipe] = {
@@ -92,7 +68,7 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 """How the shipped sets were trained: of the official preset only the learning rate is another, for this model is small;
-the selective one spends more than its preset. `demo.ablation` compares them."""
+the selective one spends more than its preset. `python3 dev training` compares them."""
 
 
 # ---------------------------------------------------------------- training
@@ -263,36 +239,24 @@ def train(options: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command and its options."""
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--tokenizer", type=Path, required=True, help="ComfyUI's folder comfy/sd1_tokenizer")
-    shared.add_argument(
+    """Returns the options."""
+    parser = argparse.ArgumentParser(prog="python -m demo.erasure", description="Train what is missing of the sets.")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="ComfyUI's folder comfy/sd1_tokenizer")
+    parser.add_argument(
         "--model", type=Path, default=SEED_PATH, help="the packed demo model (default: the shipped one)"
     )
-    shared.add_argument("--out", type=Path, default=LORAS, help="folder of the sets (default: demo/loras)")
-    shared.add_argument("--set", nargs="+", choices=SETS, default=SETS, help="default: both")
-    shared.add_argument("--concept", nargs="+", choices=CLASSES, default=CLASSES, help="default: all ten")
-    shared.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
-    parser = argparse.ArgumentParser(prog="python -m demo.erasure", description="Erasure LoRAs for the demo model.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", parents=[shared], help="train what is missing")
-    command.add_argument("--force", action="store_true", help="train what is there, too")
-    command = commands.add_parser("evaluate", parents=[shared], help="measure images")
-    command.add_argument("--images", type=int, default=20, help="per prompt of the concept (default: %(default)s)")
-    command.add_argument("--others", type=int, default=20, help="per other class (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=LORAS, help="folder of the sets (default: demo/loras)")
+    parser.add_argument("--set", nargs="+", choices=SETS, default=SETS, help="default: both")
+    parser.add_argument("--concept", nargs="+", choices=CLASSES, default=CLASSES, help="default: all ten")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one core each (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="train what is there, too")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
-    """Runs the chosen command."""
+    """Trains."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    options = parse()
-    if options.command == "evaluate":
-        from .evaluate import evaluate  # it imports this module
-
-        evaluate(options)
-    else:
-        train(options)
+    train(parse())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""The narrow demo model at work: prompts to keys and values, predictions, partial and whole denoising.
+"""The narrow demo model at work: prompts to keys and values, and predictions.
 
 An erasure adapter of the demo changes nothing but the keys and values that cross-attention takes from the text. So what
-a prompt does under an adapter is a *table*, those keys and values, computed once and read at every step; base and
-adapted models, and several adapters, share a batch as rows of one table. It does not know training or images.
-
-Latents are in sigma space, x = x0 + sigma * noise, as `unguide_core.schedule` has them.
+a prompt does under an adapter is a *table*, those keys and values, computed once and read at every step; prompts
+share a batch as rows of one table. It does not know training, sampling or images.
 """
 
 from __future__ import annotations
@@ -19,14 +17,12 @@ from torch import Tensor
 
 from unguide_core.adapter import LowRank
 from unguide_core.adapter.lowrank import weights_hash
-from unguide_core.guidance import blend, classifier_free
-from unguide_core.schedule import Denoise, sd_alphas_cumprod, sigma_from_alpha_cumprod
+from unguide_core.schedule import sd_alphas_cumprod, sigma_from_alpha_cumprod
 
-from .networks import load_text_encoder, load_unet, load_vae
+from .networks import load_text_encoder, load_unet
 from .seed import SEED_PATH, wide_unet_state_dict
 from .text import TextEncoder, Tokenizer
 from .unet import UNet
-from .vae import Decoder
 
 Layers = Mapping[str, LowRank]
 """An adapter's changes by module path in the UNet, such as `input_blocks.1.1.transformer_blocks.0.attn2.to_k`."""
@@ -35,23 +31,10 @@ Table = dict[str, Tensor]
 """Keys or values of prompts by module path, each [prompts, 77, channels]."""
 
 LATENT = (4, 8, 8)
-GUIDANCE_SCALE = 4.0
-SCHEDULE_STEPS = 20
 ADAPTED = ("attn2.to_k", "attn2.to_v")
 
 SIGMAS = sigma_from_alpha_cumprod(sd_alphas_cumprod())
 """The noise level of each timestep, float64 [1000], rising."""
-
-
-def normal_sigmas(steps: int = SCHEDULE_STEPS) -> Tensor:
-    """Returns the noise levels of ComfyUI's scheduler 'normal', [steps + 1], the last one 0.
-
-    Timesteps evenly spaced from 999 to 0, their noise levels interpolated in the logarithm.
-    """
-    times = torch.linspace(len(SIGMAS) - 1, 0, steps, dtype=torch.float64)
-    low, high, part = times.floor().long(), times.ceil().long(), times.frac()
-    levels = (1 - part) * SIGMAS[low].log() + part * SIGMAS[high].log()
-    return torch.cat([levels.exp(), levels.new_zeros(1)])
 
 
 def timestep_of(sigma: Tensor) -> Tensor:
@@ -63,14 +46,14 @@ class Narrow:
     """The frozen narrow UNet and its text encoder.
 
     Args:
-        unet, text, tokenizer, decoder: of the demo model; the decoder is for those who want images.
+        unet, text, tokenizer: of the demo model.
         base_hash: what names them on an adapter's card.
     """
 
-    def __init__(self, unet: UNet, text: TextEncoder, tokenizer: Tokenizer, decoder: Decoder, base_hash: str) -> None:
+    def __init__(self, unet: UNet, text: TextEncoder, tokenizer: Tokenizer, base_hash: str) -> None:
         self.unet, self.text, self.tokenizer = unet.requires_grad_(False), text.requires_grad_(False), tokenizer
         self.layers = {name: module for name, module in unet.named_modules() if name.endswith(ADAPTED)}
-        self.decoder, self.base_hash = decoder, base_hash
+        self.base_hash = base_hash
         self._states: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -98,34 +81,6 @@ class Narrow:
             layer.forward = lambda _, values=table[name]: values
         return self.unet(x, timesteps, next(iter(table.values())), rows)
 
-    def denoise(
-        self,
-        table: Table,
-        cond: Tensor,
-        uncond: Tensor,
-        guidance_scale: float = GUIDANCE_SCALE,
-        adapted: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> Denoise:
-        """Returns a callable that predicts x0 with classifier-free guidance, for `partial_denoise`.
-
-        Args:
-            table: of all prompts.
-            cond, uncond: rows of the prompt and of the neutral prompt for each sample, [B].
-            adapted: the same rows under an adapter and the base model's weight [B], to be blended with.
-        """
-        rows = torch.cat([cond, uncond, *(adapted[:2] if adapted else ())])
-        copies = len(rows) // len(cond)
-
-        def predict(x: Tensor, sigma: Tensor) -> Tensor:
-            scaled = x / (1.0 + sigma.square()).sqrt().view(-1, 1, 1, 1)
-            times = timestep_of(sigma[:1]).expand(len(rows))
-            eps = self.eps(scaled.repeat(copies, 1, 1, 1), times, table, rows).float().chunk(copies)
-            if adapted:
-                eps = tuple(blend(eps[i], eps[i + 2], adapted[2]) for i in (0, 1))
-            return x - sigma.view(-1, 1, 1, 1) * classifier_free(eps[0], eps[1], guidance_scale)
-
-        return predict
-
 
 def adapted_table(table: Table, states: Tensor, layers: Layers) -> Table:
     """Returns a table under an adapter; gradients flow into the adapter.
@@ -137,18 +92,13 @@ def adapted_table(table: Table, states: Tensor, layers: Layers) -> Table:
     return {name: values + layers[name].delta(states) for name, values in table.items()}
 
 
-def joined(*tables: Table) -> Table:
-    """Returns one table with the rows of all, in order."""
-    return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
-
-
 def load_narrow(tokenizer: Path, seed: Path = SEED_PATH) -> Narrow:
     """Returns the packed demo model at its narrow width.
 
     Args:
         tokenizer: ComfyUI's folder `comfy/sd1_tokenizer`.
     """
-    return Narrow(load_unet(seed), load_text_encoder(seed), Tokenizer(tokenizer), load_vae(seed)[1], base_hash(seed))
+    return Narrow(load_unet(seed), load_text_encoder(seed), Tokenizer(tokenizer), base_hash(seed))
 
 
 @lru_cache(maxsize=2)

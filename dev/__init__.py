@@ -9,7 +9,10 @@
     pip.py          pip as a subprocess, its failures as one sentence
     cache.py        the cache folder: stamps, lock, free space
     report.py       what a person sees: progress lines, and errors of one sentence
+    pack.py         the pack inside a ComfyUI of this very process
+    inside.py       runs a module of this repository in the host's python, where Pillow and torch are
     commands/       one module a command
 
-It knows nothing of the pack's method, and the pack knows nothing of it.
+It knows nothing of the pack's method, and the pack knows nothing of it. What measures the method is `experiments`,
+whose command lines appear here.
 """

@@ -11,10 +11,12 @@ from pathlib import Path
 from types import ModuleType
 
 from dev.api import ApiError
+from dev.inside import run_inside
 from dev.report import DevError, Progress
+from experiments.commands import EXPERIMENTS, parser_of
 
 # in the order in which a newcomer wants them; any other module of dev/commands comes after these
-FIRST = ("demo", "test", "serve", "setup", "lint", "bench")
+FIRST = ("demo", "test", "serve", "setup", "lint")
 USAGE = """\
 usage: python3 dev <command> [arguments]
 
@@ -40,20 +42,16 @@ def commands() -> dict[str, ModuleType]:
 
 def overview(known: dict[str, ModuleType]) -> str:
     """Return what --help shows."""
-    listed = "\n".join(f"  {name:<10} {module.SUMMARY}" for name, module in known.items())
-    return f"{USAGE}\n\ncommands (python3 dev <command> --help for its arguments):\n{listed}\n\n{NOTES}"
+    modules = "\n".join(f"  {name:<10} {module.SUMMARY}" for name, module in known.items())
+    measured = "\n".join(f"  {name:<10} {one.summary} ({one.document})" for name, one in EXPERIMENTS.items())
+    return (
+        f"{USAGE}\n\ncommands (python3 dev <command> --help for its arguments):\n{modules}\n\n"
+        f"experiments on the demo model, each of which prints the tables of a document:\n{measured}\n\n{NOTES}"
+    )
 
 
-def parse(argv: list[str]) -> tuple[ModuleType, argparse.Namespace, list[str]]:
-    """The command, its arguments, and those that it passes on. Raises: DevError or SystemExit 2 for wrong ones."""
-    known = commands()
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(overview(known))
-        raise SystemExit(0 if argv else 2)
-    name, rest = argv[0], argv[1:]
-    if name not in known:
-        raise DevError(f"there is no command {name!r}: choose from {', '.join(known)} (python3 dev --help)", 2)
-    module = known[name]
+def parse(module: ModuleType, name: str, given: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return a command's arguments, and those that it passes on. Raises: SystemExit 2 for wrong ones."""
     passes_on = getattr(module, "EXTRA", None)
     parser = argparse.ArgumentParser(
         prog=f"python3 dev {name}",
@@ -62,16 +60,29 @@ def parse(argv: list[str]) -> tuple[ModuleType, argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    arguments, extra = parser.parse_known_args(rest) if passes_on else (parser.parse_args(rest), [])
-    return module, arguments, extra
+    return parser.parse_known_args(given) if passes_on else (parser.parse_args(given), [])
+
+
+def run(argv: list[str]) -> int:
+    """Run a command and return its exit status. Raises: DevError or SystemExit 2 for what is no command."""
+    known = commands()
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview(known))
+        return 0 if argv else 2
+    name, given = argv[0], argv[1:]
+    if name in EXPERIMENTS:
+        return run_inside("experiments.commands", parser_of(name).parse_args(given), argv, Progress())
+    if name not in known:
+        names = ", ".join([*known, *EXPERIMENTS])
+        raise DevError(f"there is no command {name!r}: choose from {names} (python3 dev --help)", 2)
+    return int(known[name].run(*parse(known[name], name, given), Progress()))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status; what it cannot do ends in one sentence on stderr."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        module, arguments, extra = parse(sys.argv[1:] if argv is None else argv)
-        return int(module.run(arguments, extra, Progress()))
+        return run(sys.argv[1:] if argv is None else argv)
     except DevError as error:
         print(f"dev: {error}", file=sys.stderr)
         return error.code

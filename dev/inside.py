@@ -1,4 +1,4 @@
-"""Runs one of `dev`'s own modules with the host's python, beside the host's code and the pack."""
+"""Runs a module of this repository with the host's python, beside the host's code and the pack."""
 
 from __future__ import annotations
 

@@ -9,11 +9,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 from dev.workspace import PACK
 
@@ -55,43 +51,3 @@ def pack_module(name: str) -> ModuleType:
     """A module of the pack, such as `unguide_comfy.gate.attach`."""
     load_pack()
     return importlib.import_module(f"{NAME}.{name}")
-
-
-@dataclass
-class Evaluations:
-    """Model evaluations (NFE), counted in the network itself: one is one latent under one conditioning."""
-
-    count: int = 0
-
-
-@contextmanager
-def counted(model: Any) -> Iterator[Evaluations]:
-    """Within the block count the evaluations of a `ModelPatcher`'s network, by whichever clone.
-
-    By a hook on the network: a wrapper on the model would be a patch, for which calibrations do not hold.
-    """
-    evaluations = Evaluations()
-
-    def count(network: Any, arguments: tuple[Any, ...]) -> None:
-        evaluations.count += arguments[0].shape[0]
-
-    hook = model.model.diffusion_model.register_forward_pre_hook(count)
-    try:
-        yield evaluations
-    finally:
-        hook.remove()
-
-
-def lora_patches(adapter: Any) -> dict[str, Any]:
-    """An adapter's weights under the names that the host's own LoRA loader reads."""
-    import torch
-
-    return {
-        f"{name}.{part}": tensor
-        for name, layer in adapter.layers.items()
-        for part, tensor in {
-            "lora_down.weight": layer.down,
-            "lora_up.weight": layer.up,
-            "alpha": torch.tensor(layer.scale * layer.rank),
-        }.items()
-    }

@@ -27,7 +27,7 @@ SLOW = (
     "bench/test_suites.py",
     "bench/test_technique.py",
     "browser/",
-    "dev/test_instant.py",
+    "experiments/test_instant.py",
     "train/",
 )
 """Below tests/, what takes more than half a minute: training, sampling at length, servers that run whole workflows."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from .errors import BenchError
 from .graphs import Job
 from .methods import Settings
 from .painter import GeneratedImage, Plan
+from .scores import write_whole
 
 SETTINGS, RECORDS, IMAGES = "settings.json", "drawn.jsonl", "pictures"
 
@@ -92,13 +92,13 @@ class Folder:
         except OSError as error:
             raise BenchError(f"{self.path} cannot hold results ({error.strerror}); choose one with --out") from error
         self.known = {"settings": settings.to_json(), "how": how}
-        _write(self.path / SETTINGS, json.dumps(self.known, indent=2).encode() + b"\n")
+        write_whole(self.path / SETTINGS, json.dumps(self.known, indent=2).encode() + b"\n")
 
     def add(self, job: Job, image: GeneratedImage) -> None:
         """Keep an image: first its file, then its line."""
         file = f"{IMAGES}/{slug(job.method.name)}/{_name(job)}.png"
         (self.path / file).parent.mkdir(parents=True, exist_ok=True)
-        _write(self.path / file, image.png)
+        write_whole(self.path / file, image.png)
         about = {name: value for name, value in vars(image).items() if name != "png"}
         one = Record(job.method.name, job.prompt, job.seed, job.cfg, file, **about)
         with open(self.path / RECORDS, "a", encoding="utf-8") as lines:
@@ -128,7 +128,7 @@ class Folder:
             except (ValueError, TypeError) as error:
                 if number < len(lines):
                     raise BenchError(f"{path}, line {number} is damaged ({error}); remove that line") from error
-                _write(path, "".join(f"{whole}\n" for whole in lines[:-1]).encode())
+                write_whole(path, "".join(f"{whole}\n" for whole in lines[:-1]).encode())
                 continue
             if one is not None and (self.path / one.file).is_file():
                 records.append(one)
@@ -143,10 +143,3 @@ def slug(text: str) -> str:
 def _name(job: Job) -> str:
     digest = hashlib.sha256(f"{job.prompt}\n{job.cfg:g}".encode()).hexdigest()[:8]
     return f"{slug(job.prompt)[:60]}_{digest}_{job.seed}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file in one step, so that an interrupted run does not leave half of it."""
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

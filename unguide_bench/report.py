@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .figures import confusion_plot, cost_plot, grid, score_plot
-from .scores import BASE, ERASED, OTHER, SYNONYM, Interval, JudgedImage, Score, means_of, scores_of
+from .scores import BASE, ERASED, OTHER, SYNONYM, Interval, JudgedImage, Score, means_of, percent, scores_of, shown
 from .tables import markdown
 
 PAPER_H_O = 94.77
@@ -90,10 +90,9 @@ def attack_table(images: Sequence[JudgedImage]) -> tuple[tuple[str, ...], list[t
         cells = []
         for method in methods:
             own = [image for image in images if image.kind == attack and image.method == method]
-            shown = 100 * sum(image.seen == image.label for image in own) / len(own)
-            gated = [bool(image.detected) for image in own if image.detected is not None]
-            recall = f" ({100 * sum(gated) / len(gated):.0f})" if gated else ""
-            cells.append(f"{shown:.0f}{recall}")
+            gated = [image.detected for image in own if image.detected is not None]
+            recall = f" ({percent(gated):.0f})" if gated else ""
+            cells.append(f"{shown(own):.0f}{recall}")
         rows.append((attack, *cells))
     return ("attack", *methods), rows
 

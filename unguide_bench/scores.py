@@ -159,8 +159,8 @@ def score(concepts: Sequence[Sequence[JudgedImage]]) -> Score:
         acc_s=mean_accuracy(OTHER),
         acc_g=mean_accuracy(SYNONYM),
         h_o=_interval(mean_harmonic, seeds),
-        recall=_percent([bool(image.detected) for image in gated if image.kind != OTHER]),
-        false_alarms=_percent([bool(image.detected) for image in gated if image.kind == OTHER]),
+        recall=_percent([image.detected for image in gated if image.kind != OTHER]),
+        false_alarms=_percent([image.detected for image in gated if image.kind == OTHER]),
         mean_abs_diff_unrelated=float(np.mean(mean)) if mean else None,
         max_abs_diff_unrelated=max(largest) if largest else None,
         identical_unrelated=_percent([image.identical for image in others if image.identical is not None]),
@@ -168,6 +168,16 @@ def score(concepts: Sequence[Sequence[JudgedImage]]) -> Score:
         seconds=float(np.mean([image.seconds for image in every])),
         pictures=len(every),
     )
+
+
+def percent(found: Sequence[bool | None]) -> float:
+    """How many are true, in percent."""
+    return 100.0 * sum(map(bool, found)) / len(found)
+
+
+def shown(images: Iterable[JudgedImage], *kinds: str) -> float:
+    """Percent of the images of some kinds (by default all) that show what their prompts ask for."""
+    return percent([image.seen == image.label for image in images if image.kind in kinds or not kinds])
 
 
 def as_json(images: Sequence[JudgedImage]) -> dict[str, dict[str, object]]:
@@ -223,14 +233,19 @@ def _interval(values: Callable[[Indices], Values], seeds: int) -> Interval:
     return Interval(float(values(np.arange(seeds))), float(low), float(high))
 
 
-def _percent(found: Sequence[bool]) -> float | None:
-    return 100.0 * sum(found) / len(found) if found else None
+def _percent(found: Sequence[bool | None]) -> float | None:
+    return percent(found) if found else None
 
 
 def write_images(images: Iterable[JudgedImage], path: Path) -> None:
-    """Write one JSON line per image; the file is written whole or not at all."""
+    """Write one JSON line per image."""
+    write_whole(path, "".join(json.dumps(asdict(image)) + "\n" for image in images).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one step, so that an interrupted run does not leave half of it."""
     temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text("".join(json.dumps(asdict(image)) + "\n" for image in images), encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from demo.captions import CLASSES, SYNONYMS
 from demo.erasure import LORAS, PREFIX, RECIPES, narrowed, path_of, widened
 from demo.licence import relicense
-from demo.narrow import ADAPTED, LATENT, base_hash, normal_sigmas
+from demo.narrow import ADAPTED, LATENT, SIGMAS, base_hash
 from demo.seed import LICENCE
 from demo.shapes import WIDE_WIDTH
 from demo.unet import UNet
@@ -17,6 +17,8 @@ from unguide_core.adapter import Adapter, initial_low_rank
 from unguide_core.formats import load_adapter, save_adapter
 from unguide_core.probe.calibration import Calibration
 
+PROBED = float(SIGMAS[894])
+"""The noise level of the third of 20 steps, at which gates probe by default."""
 FILES = [(objective, concept) for objective in RECIPES for concept in CLASSES]
 
 
@@ -51,7 +53,7 @@ def test_a_shipped_loras_calibration_is_its_own_and_covers_the_gates_look(object
     adapter = load_adapter(path_of(LORAS, objective, concept))
     calibration = Calibration.from_card(adapter.card.calibration)
     assert (calibration.adapter, calibration.latent) == (adapter.signature, LATENT)
-    assert calibration.at("influence", float(normal_sigmas(20)[2])).baseline > 0.0
+    assert calibration.at("influence", PROBED).baseline > 0.0
 
 
 @pytest.mark.parametrize("concept", CLASSES)
@@ -59,7 +61,7 @@ def test_a_selective_lora_separates_its_concept_from_others_and_a_paper_one_does
     missed = {}
     for objective in RECIPES:
         card = load_adapter(path_of(LORAS, objective, concept)).card
-        level = Calibration.from_card(card.calibration).at("influence", float(normal_sigmas(20)[2]))
+        level = Calibration.from_card(card.calibration).at("influence", PROBED)
         missed[objective] = level.concept.share_below(level.threshold(0.01))
     assert missed["selective"] <= 0.01 < missed["paper"]
 

@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "node_helpers", "server"}
 OURS = {"unguide_core", "unguide_comfy", "unguide_policy", "unguide_train", "unguide_bench"}
-OURS |= {"nodes", "demo", "dev", "tests"}
+OURS |= {"nodes", "demo", "experiments", "dev", "tests"}
 EXTRAS = {"accelerate", "diffusers", "matplotlib", "nudenet", "peft", "pydantic", "ray", "torchmetrics", "transformers"}
 EXTRAS |= {"jinja2", "yaml"}
 
@@ -109,6 +109,12 @@ def test_the_core_imports_itself_relatively_for_the_host_loads_the_pack_under_a_
 def test_the_demo_knows_the_host_only_where_it_trains():
     paths = [path for path in modules("demo") if not path.stem.startswith("train")]
     assert violations(paths, HOST | {"unguide_comfy", "unguide_train", "nodes"}) == []
+
+
+def test_dev_knows_no_method_and_no_tensors():
+    method = {"torch", "numpy", "unguide_core", "unguide_comfy", "unguide_train"}
+    paths = [path for path in modules("dev") if path.parent.name != "site"]  # lives in the environment
+    assert violations(paths, method) == []
 
 
 def test_one_node_alone_knows_the_demo_and_of_it_only_the_seed():

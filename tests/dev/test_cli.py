@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from dev.workspace import PACK
+from experiments.commands import EXPERIMENTS
 
 Dev = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -22,8 +26,28 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], status: int, w
 def test_help_lists_every_command(dev: Dev) -> None:
     result = dev("--help")
     assert result.returncode == 0
-    for command in ("test", "serve", "setup", "lint", "few-steps"):
+    for command in ("test", "serve", "setup", "lint", *EXPERIMENTS):
         assert f"\n  {command} " in result.stdout
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiments_help_is_its_parsers_and_needs_no_package(name: str) -> None:
+    command = [sys.executable, "-S", "dev", name, "--help"]
+    result = subprocess.run(command, cwd=PACK, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"usage: python3 dev {name}" in result.stdout
+    assert EXPERIMENTS[name].summary.split()[0] in result.stdout
+
+
+def test_a_wrong_option_of_an_experiment_is_refused_before_anything_is_set_up(dev: Dev) -> None:
+    result = dev("training", "--concept", "unicorn")
+    assert result.returncode == 2
+    assert "invalid choice: 'unicorn'" in result.stderr
+
+
+def test_every_experiment_is_in_the_table_of_contributing() -> None:
+    table = (PACK / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert all(f"\n| `{name}` |" in table for name in EXPERIMENTS)
 
 
 def test_an_unknown_command_is_answered_with_the_known_ones(dev: Dev) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dev.pack import lora_patches
+from experiments.studio import lora_patches
 from tests.conftest import ROOT, pack_module, start_host
 
 start_host()

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from demo.erasure import REFERENCES, photo
-from dev.benchmark import attacks, cells
-from dev.benchmark.cells import Plan
-from dev.benchmark.main import run
-from dev.benchmark.methods import REPLACED, gate, gated, methods
-from dev.benchmark.studio import STEPS, judged, studio
+from demo.captions import REFERENCES, photo
+from demo.classifier import judged
+from experiments import attacks, cells
+from experiments.cells import Plan
+from experiments.erasure import measured
+from experiments.methods import REPLACED, gate, gated, methods
+from experiments.studio import STEPS, studio
 from unguide_bench.scores import BASE, OTHER, means_of
 
 SEEDS = (700_001, 700_002)
@@ -66,15 +67,15 @@ def test_a_run_generates_only_what_is_missing_and_the_narrow_model_is_the_shippe
     score(plan, BASE, "dog")
     cells.time_methods(plan, [BASE], "cat", "dog")
     before = {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")}
-    found, attacked, apart = run(plan, [BASE], ["dog"], [], jobs=1)
+    found = measured(plan, [BASE], ["dog"], [], jobs=1)
     assert {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")} == before
-    assert len(found) == len(SEEDS) * 6  # a name, three synonyms, two other classes
-    assert attacked == []
-    assert all(image.seconds > 0 for image in found)
-    assert apart["latents"] < 1e-4
-    assert apart["pictures"] <= 1
-    assert apart["scores"] < 1e-3
-    assert apart["decisions"] == 0
+    assert len(found.images) == len(SEEDS) * 6  # a name, three synonyms, two other classes
+    assert found.attacks == []
+    assert all(image.seconds > 0 for image in found.images)
+    assert found.agreement["latents"] < 1e-4
+    assert found.agreement["pictures"] <= 1
+    assert found.agreement["scores"] < 1e-3
+    assert found.agreement["decisions"] == 0
 
 
 def test_a_folder_of_another_run_is_refused(plan):

@@ -13,7 +13,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
-from dev.pack import lora_patches
+from experiments.studio import lora_patches
 from tests.conftest import pack_module
 from tests.host.conftest import (
     CAT,

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from demo.erasure import photo
-from dev.benchmark import attacks
-from dev.benchmark.studio import CFG, SAMPLER, SCHEDULER, STEPS, judged, studio
+from demo.captions import photo
+from demo.classifier import judged
+from experiments import attacks
+from experiments.studio import CFG, SAMPLER, SCHEDULER, STEPS, studio
 from tests.conftest import pack_module
 from tests.host.conftest import Observer
 

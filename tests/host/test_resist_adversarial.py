@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from demo.erasure import photo
-from dev.benchmark import attacks
-from dev.benchmark.methods import gate
-from dev.benchmark.studio import STEPS, judged, studio
+from demo.captions import photo
+from demo.classifier import judged
+from experiments import attacks
+from experiments.methods import gate
+from experiments.studio import STEPS, studio
 
 SEEDS = (700_001, 700_002)
 CAT, DOG = photo("cat"), photo("dog")
@@ -89,7 +90,7 @@ def test_only_the_samples_that_were_detected_change():
 @pytest.mark.parametrize("strength", [1.0, 2.0])
 def test_on_the_concepts_own_prompt_it_is_the_adapted_prediction(strength, monkeypatch):
     """base(T) + (adapted(T) - base(T)) = adapted(T): without guidance the same image as the LoRA's alone."""
-    monkeypatch.setattr("dev.benchmark.studio.CFG", 1.0)
+    monkeypatch.setattr("experiments.studio.CFG", 1.0)
     alone, concept = (
         generated(CAT, strength, decide="always erase", resist_adversarial=resist) for resist in (False, True)
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dev.benchmark.studio import Studio, studio
+from experiments.studio import Studio, studio
 from tests.conftest import pack_module, start_host
 
 start_host()

@@ -13,8 +13,8 @@ import torch
 from comfy_extras.nodes_perpneg import PerpNeg, PerpNegGuider
 from comfy_extras.nodes_train import TrainSampler
 
-from dev.benchmark.studio import judged
-from dev.pack import counted, lora_patches
+from demo.classifier import judged
+from experiments.studio import counted, lora_patches
 from tests.conftest import ROOT, pack_module
 from tests.host.conftest import Observer, guided
 from tests.policy.conftest import SEED

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from dev.host import Host
-from dev.policy.graphs import CAT, CONCEPT, Draft, cases
-from dev.policy.main import labels
-from dev.policy.narrow import narrow_is_recognised, write_demo, write_policy
-from dev.policy.servers import policy_server, show
 from dev.report import DevError
 from dev.server import Server
+from experiments.policy.graphs import CAT, CONCEPT, Draft, cases
+from experiments.policy.main import labels
+from experiments.policy.narrow import narrow_is_recognised, write_demo, write_policy
+from experiments.policy.servers import policy_server, show
 from tests.conftest import pack_module
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dev.narrow_host import load_narrow_model
-from dev.training_table import write_narrow_checkpoint
+from experiments.narrow import load_narrow_model
+from experiments.training import write_narrow_checkpoint
 from tests.conftest import pack_module
 from tests.host.test_blending import relative
 from tests.host.test_erase import clip  # noqa: F401

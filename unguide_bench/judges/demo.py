@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from demo.classifier import LABELS, classify
+from demo.classifier import judged
 
 
 class DemoJudge:
@@ -16,5 +16,4 @@ class DemoJudge:
 
     def see(self, files: Sequence[Path]) -> list[tuple[str, str]]:
         """The class that each image shows, and of the ten classes the one that is nearest to it."""
-        found = [classify(np.asarray(Image.open(file).convert("RGB")))[0] for file in files]
-        return [(LABELS[int(one.argmax())], LABELS[int(one[:-1].argmax())]) for one in found]
+        return [judged(np.asarray(Image.open(file).convert("RGB")))[0] for file in files]
