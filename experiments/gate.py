@@ -191,9 +191,9 @@ def summary(sets: Mapping[str, list[Score]]) -> str:
     lines = []
     for kind, scores in sets.items():
         found = figures(scores)
-        cost = found.pop("mean_cost_unrelated")
-        lines.append([kind, *(f"{100 * share:.2f} %" for share in found.values()), f"{cost:.4f}x"])
-    return markdown(("erasure LoRAs", *(FIGURES[name] for name in figures([]))), lines)
+        *shares, cost = (found[name] for name in FIGURES)
+        lines.append([kind, *(f"{100 * share:.2f} %" for share in shares), f"{cost:.4f}x"])
+    return markdown(("erasure LoRAs", *FIGURES.values()), lines)
 
 
 def report_of(sets: Mapping[str, list[Score]], statistic: str) -> str:
