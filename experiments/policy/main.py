@@ -28,7 +28,7 @@ from dev.report import DevError
 from dev.server import Server
 from experiments.policy.graphs import CAT, CONCEPT, FORBIDDEN, GUARDED, SHIP, UNRELATED, Case, Draft, cases, put_back
 from experiments.policy.narrow import write_demo, write_policy
-from experiments.policy.servers import Shown, policy_server, show
+from experiments.policy.servers import Shown, outcome, policy_server, show
 from experiments.runner import keep, publish
 from unguide_bench.tables import markdown
 
@@ -123,11 +123,8 @@ def queued(server: Server, images: int) -> list[tuple[Case, Shown]]:
     ids = [server.api.queue(graph) for _, graph in graphs]
     found = []
     for number, ((prompt, graph), prompt_id) in enumerate(zip(graphs, ids, strict=True), start=1):
-        entry = server.api.wait(prompt_id)
-        files = tuple(png for each in server.api.images(entry).values() for png in each)
         kind = GUARDED if prompt == CAT else UNRELATED
-        case = Case(f"queue of four, number {number}", (graph,), kind)
-        found.append((case, Shown(files, prompt_id=prompt_id)))
+        found.append((Case(f"queue of four, number {number}", (graph,), kind), outcome(server, prompt_id)))
     return found
 
 

@@ -58,13 +58,27 @@ def show(server: Server, case: Case) -> Shown:
     """Return what a case comes to."""
     prompt_id = ""
     try:
-        entry: dict[str, Any] = {}
         for number, graph in enumerate(case.graphs, start=1):
             more = case.request if number == len(case.graphs) else {}
             prompt_id = server.api.queue(graph, **more)
-            entry = server.api.wait(prompt_id)
-    except (ExecutionFailedError, PromptRejectedError) as error:
-        said = str(error.details.get("exception_message", error)).strip()
-        return Shown(error=said.splitlines()[0], details=str(error.details), prompt_id=prompt_id)
+            shown = outcome(server, prompt_id)
+            if shown.error:
+                break
+    except PromptRejectedError as error:
+        return _failed(error, prompt_id)
+    return shown
+
+
+def outcome(server: Server, prompt_id: str) -> Shown:
+    """Wait for a queued graph, and return what it comes to."""
+    try:
+        entry = server.api.wait(prompt_id)
+    except ExecutionFailedError as error:
+        return _failed(error, prompt_id)
     files = [png for found in server.api.images(entry).values() for png in found]
     return Shown(tuple(files), prompt_id=prompt_id)
+
+
+def _failed(error: ExecutionFailedError | PromptRejectedError, prompt_id: str) -> Shown:
+    said = str(error.details.get("exception_message", error)).strip()
+    return Shown(error=said.splitlines()[0], details=str(error.details), prompt_id=prompt_id)
