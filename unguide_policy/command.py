@@ -51,6 +51,7 @@ ADAPTER = """\
     sha256: "{sha256}"
     concept: {concept}
     on_detection: erase
+    strength: 1.5
     false_positive_rate: 0.01
     resist_adversarial: false
 """

@@ -34,6 +34,7 @@ class PolicyAdapter:
         sha256: of that file.
         concept: the concept's own prompt, as it was encoded.
         on_detection: "erase"; "refuse" or "blank" the image.
+        strength: of the erasure LoRA where its concept is detected. In schedules of few steps 1 leaves traces.
         false_positive_rate, resist_adversarial: see `unguide_comfy.probe.settings`.
     """
 
@@ -41,17 +42,27 @@ class PolicyAdapter:
     sha256: str
     concept: str
     on_detection: str = ERASE
+    strength: float = 1.5
     false_positive_rate: float = 0.01
     resist_adversarial: bool = False
 
     def __post_init__(self) -> None:
         _one_of("on_detection", self.on_detection, (ERASE, REFUSE, BLANK))
         _one_of("resist_adversarial", self.resist_adversarial, (True, False))
+        if not 0.0 < self.strength <= 10.0:
+            raise ValueError(f"strength is {self.strength}; expected a number above 0, and 10 at most")
         self.settings(gated=True)
 
     def settings(self, gated: bool) -> Settings:
-        """Return how it decides; without a gate it acts on every image."""
-        settings = Settings(false_positive_rate=self.false_positive_rate, resist_adversarial=self.resist_adversarial)
+        """Return how it decides; without a gate it acts on every image.
+
+        No prompt is cleared by its text alone: a client chooses the conditioning, not only the words.
+        """
+        settings = Settings(
+            false_positive_rate=self.false_positive_rate,
+            resist_adversarial=self.resist_adversarial,
+            text_clears=False,
+        )
         return settings if gated else replace(settings, decide=ALWAYS)
 
 
@@ -163,7 +174,7 @@ def load(file: Path) -> Policy:
                 )
             concept, neutral = (prompts[model.weights, name, kind] for kind in (CONCEPT, NEUTRAL))
             loaded = load_adapter(_verified(policy.file.parent / adapter.file, adapter.sha256))
-            loras[model_name, name] = ErasureLora(name, loaded, 1.0, adapter.concept, concept, neutral)
+            loras[model_name, name] = ErasureLora(name, loaded, adapter.strength, adapter.concept, concept, neutral)
     return replace(policy, loras=loras)
 
 

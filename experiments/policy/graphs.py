@@ -106,6 +106,7 @@ class Draft:
 
 DEFAULT_SETTINGS = {
     **{"decide": "during sampling", "resist_adversarial": False, "on_detection": "automatic"},
+    "check_image": "never",
     **{"false_positive_rate": 0.01, "statistic": "automatic", "threshold": "", "recheck_every": 0},
     **{"weight_detected": 0.0, "weight_otherwise": 1.0, "probe_steps": 2, "probe_schedule_steps": 20, "repeats": 2},
     "low_memory": False,
@@ -570,6 +571,8 @@ def _with_sampler(node: str, info: Mapping[str, Any]) -> Build:
 def _patches(info: Mapping[str, Any]) -> Iterator[str]:
     """Nodes that make a model of a model, and need nothing else that has no default."""
     for name, node in info.items():
+        if name.startswith("PolicyTest"):
+            continue  # the hostile ones of these cases
         required = node["input"].get("required", {})
         models = [key for key, (kind, *_) in required.items() if kind == "MODEL"]
         others = {key: value for key, value in required.items() if key not in models}

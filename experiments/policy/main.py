@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from demo.classifier import judged
+from demo.classifier import LABELS, classify
 from dev.api import NoAnswerError, seconds_of
 from dev.host import Host
 from dev.report import DevError
@@ -89,8 +89,9 @@ def said(shown: Shown) -> str:
 
 
 def labels(files: Iterable[bytes]) -> list[str]:
-    """Return the classifier's label of each image file."""
-    return [judged(pixels(png))[0][0] for png in files]
+    """Return what the classifier sees in each image file; "unclear" where it gives no class more than half."""
+    found = [classify(pixels(png)[None])[0] for png in files]
+    return [LABELS[int(each.argmax())] if float(each.max()) > 0.5 else "unclear" for each in found]
 
 
 def pixels(png: bytes) -> Any:

@@ -59,7 +59,7 @@ def text_statistics(
         scores["text norm"] = [text_norms(each, seen) / calibration.norm for each in states if each is not None]
         spreads["text norm"] = calibration.text_norm
     thresholds = {name: spread.thresholds(rate, adapters) for name, spread in spreads.items()}
-    clears = not settings.resist_adversarial and not settings.recheck_every
+    clears = settings.text_clears and not settings.resist_adversarial and not settings.recheck_every
     by_name = [
         _by_sample(name, scores[name], found, clears, samples)
         for name, found in thresholds.items()
