@@ -24,7 +24,7 @@ class Shown:
     """What a graph came to.
 
     Args:
-        images: the files of its images, without those of earlier graphs of its case.
+        images: the files that it saved, without those of earlier graphs of its case.
         error: why there are none.
         details: the host's message about that.
         prompt_id: of the last graph.
@@ -75,8 +75,9 @@ def outcome(server: Server, prompt_id: str) -> Shown:
         entry = server.api.wait(prompt_id)
     except ExecutionFailedError as error:
         return _failed(error, prompt_id)
-    files = [png for found in server.api.images(entry).values() for png in found]
-    return Shown(tuple(files), prompt_id=prompt_id)
+    found = (image for output in entry["outputs"].values() for image in output.get("images", ()))
+    saved = [image for image in found if image["type"] == "output"]  # a plot is none
+    return Shown(tuple(server.api.view(**image) for image in saved), prompt_id=prompt_id)
 
 
 def _failed(error: ExecutionFailedError | PromptRejectedError, prompt_id: str) -> Shown:
