@@ -84,6 +84,7 @@ class Canvas:
         self.page, self.server = page, server
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.set_default_timeout(120_000)
 
     def visit(self) -> None:
         """Open the page; the first visit shows the templates, which Escape closes."""
@@ -175,6 +176,7 @@ class Canvas:
         self.page.keyboard.press("Enter")
         self.settle()
         self.page.mouse.click(700, 450)
+        self.page.evaluate(FIT)
         self.settle()
 
     def listen(self) -> None:
