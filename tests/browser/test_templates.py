@@ -19,6 +19,7 @@ RUNNING = [
     if stem not in OWN_CHECKPOINT
 ]
 CAT = "a photo of the cat"
+UNCALIBRATED = {"0_erase_a_word"}
 FEW = {"steps": 3, "shipped_prompts": 8, "iterations": 2, "sampling_steps": 2, "scenes": "", "preview_every": 0}
 KEPT = "\n".join(f"a photo of the {word}" for word in ("dog", "bird", "ship", "car", "forest", "sea", "sky", "house"))
 JUDGED = {"UnGuideSampler": "erased: ", "UnGuideModel": "erased: ", "UnGuideProbe": "detected: "}
@@ -53,8 +54,15 @@ def test_a_template_runs_shows_its_verdict_and_nothing_overlaps(canvas: Canvas, 
         canvas.nodes_2(renderer == "Nodes 2.0")
         overlaps[renderer] = canvas.overlaps()
         badges = canvas.verdicts()
-        assert badges == {node: ("erased", f"{JUDGED[node]}cat", True) for node in judging}, renderer
+        assert badges == {node: verdict_of(stem, node) for node in judging}, renderer
     assert overlaps == dict.fromkeys(RENDERERS, [])
+
+
+def verdict_of(stem: str, node: str) -> tuple[str, str, bool]:
+    """The badge for a cat: its kind, its text, and that it is one line on the screen."""
+    if stem in UNCALIBRATED:
+        return "unsure", "not calibrated: erased cat", True
+    return "erased", f"{JUDGED[node]}cat", True
 
 
 def test_what_needs_a_checkpoint_takes_the_first_one_of_the_users_own(canvas: Canvas) -> None:
