@@ -81,7 +81,7 @@ class Canvas:
     """One page of a running server."""
 
     def __init__(self, page: Page, server: Server) -> None:
-        self.page, self.server = page, server
+        self.page, self.server, self.language = page, server, "en"
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.set_default_timeout(120_000)
@@ -102,6 +102,12 @@ class Canvas:
     def set(self, name: str, value: Any) -> None:
         """Change a setting."""
         self.page.evaluate("async ([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
+
+    def speak(self, language: str) -> None:
+        """Show the page in a language, such as "zh"."""
+        self.language = language
+        self.set("Comfy.Locale", language)
+        self.visit()
 
     def nodes_2(self, on: bool) -> None:
         """Switch between the classic canvas and Nodes 2.0."""
@@ -226,6 +232,19 @@ class Canvas:
             self.page.keyboard.press("Escape")
             self.settle()
         return found
+
+    def help_of(self, kind: str) -> tuple[str, list[int]]:
+        """The text of a node's help page, and the widths of its pictures."""
+        self.add(kind)
+        self.page.evaluate("() => app.canvas.selectNode(app.graph.nodes.at(-1))")
+        button = self.page.get_by_test_id("info-button").first
+        button.wait_for(state="attached")
+        button.evaluate("button => button.click()")
+        help_page = self.page.locator(".node-help-content")
+        help_page.locator("img").first.wait_for()
+        self.settle()
+        widths = "() => [...document.querySelectorAll('.node-help-content img')].map(image => image.naturalWidth)"
+        return help_page.inner_text(), list(self.page.evaluate(widths))
 
     def _find(self, term: str) -> Locator:
         """Open the search and type; what it lists."""

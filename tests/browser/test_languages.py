@@ -25,14 +25,12 @@ NAMES = """kinds => kinds.map(kind => {
 def translated(request: pytest.FixtureRequest, session_canvas: Canvas) -> Iterator[tuple[Canvas, dict[str, Any]]]:
     """The page in a language, and what the pack's file says in it."""
     session_canvas.clear()
-    session_canvas.set("Comfy.Locale", request.param)
-    session_canvas.visit()
+    session_canvas.speak(request.param)
     session_canvas.nodes_2(False)
     session_canvas.clear()
     texts = json.loads((ROOT / "locales" / request.param / "nodeDefs.json").read_text(encoding="utf-8"))
     yield session_canvas, texts
-    session_canvas.set("Comfy.Locale", "en")
-    session_canvas.visit()
+    session_canvas.speak("en")
 
 
 def test_the_nodes_and_their_inputs_have_their_names_in_it(translated: tuple[Canvas, dict[str, Any]]) -> None:
@@ -48,3 +46,14 @@ def test_the_search_finds_a_node_by_its_name_in_it(translated: tuple[Canvas, dic
     canvas, texts = translated
     name = texts["UnGuideTrainErasureLora"]["display_name"]
     assert name in canvas.search(name)
+
+
+def test_the_help_is_in_it_where_it_was_translated_and_shows_its_picture(
+    translated: tuple[Canvas, dict[str, Any]],
+) -> None:
+    canvas, texts = translated
+    page = ROOT / "web" / "docs" / "UnGuideSampler" / f"{canvas.language}.md"
+    wanted = texts["UnGuideSampler"]["display_name"] if page.is_file() else "UnGuide Sampler"
+    text, widths = canvas.help_of("UnGuideSampler")
+    assert text.lstrip().startswith(wanted)
+    assert min(widths) > 100

@@ -137,13 +137,6 @@ def test_saving_shows_the_name_of_the_file_on_the_node(canvas: Canvas) -> None:
 
 
 def test_a_nodes_help_shows_its_picture(canvas: Canvas) -> None:
-    canvas.add("UnGuideSampler")
-    canvas.page.evaluate("() => app.canvas.selectNode(app.graph.nodes[0])")
-    button = canvas.page.get_by_test_id("info-button").first
-    button.wait_for(state="attached")
-    button.evaluate("button => button.click()")
-    canvas.page.locator(".node-help-content img").first.wait_for()
-    canvas.settle()
-    widths = "() => [...document.querySelectorAll('.node-help-content img')].map(image => image.naturalWidth)"
-    assert min(canvas.page.evaluate(widths)) > 100
-    assert "bit for bit" in canvas.page.locator(".node-help-content").inner_text()
+    text, widths = canvas.help_of("UnGuideSampler")
+    assert min(widths) > 100
+    assert "bit for bit" in text
