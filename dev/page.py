@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import Locator, Page, ViewportSize, sync_playwright
 
 from dev.server import Server
 from dev.workspace import PACK
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-VIEW = {"width": 1600, "height": 1000}
+VIEW: ViewportSize = {"width": 1600, "height": 1000}
 READY = "() => window.app && app.graph && app.extensionManager"
 FRAMES = 8  # a second: enough to look at, and it leaves the processor to the model
 PATIENCE = 900.0  # seconds for a run, on a machine that does much else
@@ -46,7 +46,7 @@ FIT = """() => {
 SETTLED = """async () => {
   const look = () => JSON.stringify([
     app.graph.nodes.map(node => [...node.pos, ...node.size]),
-    [...document.querySelectorAll("[data-node-id]")].map(element => Object.values(element.getBoundingClientRect().toJSON())),
+    [...document.querySelectorAll("[data-node-id]")].map(element => element.getBoundingClientRect().toJSON()),
     document.querySelectorAll("[role=option], [role=dialog], .litemenu-entry, .node-help-content img").length]);
   app.canvas.setDirty(true, true);
   const [frame, deadline] = [app.canvas.frame, performance.now() + 10000];

@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from playwright.sync_api import FloatRect
+
 from dev.browser import VARIABLE
 from dev.host import Host
 from dev.layout import COLOURS
@@ -91,7 +93,7 @@ def take(canvas: Canvas, kind: str, picture: Picture) -> None:
     width, height = canvas.page.evaluate(STAND, [kind, AWAY, picture.size])
     canvas.see(AWAY[0] - 200, AWAY[1] - 150, 1.0)
     box = canvas.page.locator("canvas").first.bounding_box() or {"x": 0.0, "y": 0.0}
-    clip = {
+    clip: FloatRect = {
         "x": box["x"] + 200 - left,
         "y": box["y"] + 150 - above,
         "width": left + width + right,

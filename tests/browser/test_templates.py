@@ -35,7 +35,7 @@ def test_a_template_opens_and_nothing_overlaps(canvas: Canvas, stem: str) -> Non
         overlaps[renderer] = canvas.overlaps()
         opened = canvas.page.evaluate("() => app.graph.nodes.map(node => [node.type, Boolean(node.has_errors)])")
         assert sorted(opened) == sorted([node["type"], False] for node in workflow["nodes"])
-    assert overlaps == dict.fromkeys(RENDERERS, [])
+    assert overlaps == {renderer: [] for renderer in RENDERERS}
 
 
 @pytest.mark.parametrize("stem", RUNNING)
@@ -55,7 +55,7 @@ def test_a_template_runs_shows_its_verdict_and_nothing_overlaps(canvas: Canvas, 
         overlaps[renderer] = canvas.overlaps()
         badges = canvas.verdicts()
         assert badges == {node: verdict_of(stem, node) for node in judging}, renderer
-    assert overlaps == dict.fromkeys(RENDERERS, [])
+    assert overlaps == {renderer: [] for renderer in RENDERERS}
 
 
 def verdict_of(stem: str, node: str) -> tuple[str, str, bool]:
