@@ -65,7 +65,7 @@ class Picture:
 PICTURES = {
     "UnGuideDemoModel": Picture(),
     "UnGuideLoadErasureLora": Picture(),
-    "UnGuideSampler": Picture(until=END, size=(0, 470)),
+    "UnGuideSampler": Picture(until=END, size=(0, 500)),
     "UnGuideProbe": Picture("2_probe_then_sample", until=END, size=(0, 700)),
     "UnGuideModel": Picture("2_probe_then_sample", until=END),
     "UnGuideSettings": Picture("4_custom_sampling"),
@@ -84,6 +84,9 @@ def take(canvas: Canvas, kind: str, picture: Picture) -> None:
         canvas.add(kind)
         canvas.page.evaluate(CONNECT, [kind, COLOURS["ours"]])
     canvas.fill(kind, **picture.values)
+    if picture.until:
+        canvas.server.api.request("/free", {"free_memory": True})  # or a node that ran before says nothing
+        canvas.page.wait_for_timeout(2000)
     if picture.until == END:
         canvas.run()
     elif picture.until:
