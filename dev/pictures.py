@@ -72,7 +72,7 @@ PICTURES = {
     "UnGuideEraseConcept": Picture("0_erase_a_word"),
     "UnGuideCalibrate": Picture(size=(340, 0)),
     "UnGuideSaveErasureLora": Picture(until=END, values={"filename_prefix": "loras/forget_cat"}, size=(340, 0)),
-    "UnGuideTrainErasureLora": Picture("5_train_erasure_lora", until=LEARNING, size=(0, 860)),
+    "UnGuideTrainErasureLora": Picture("5_train_erasure_lora", until=LEARNING, size=(0, 640)),
 }
 
 
