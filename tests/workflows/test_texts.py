@@ -74,7 +74,9 @@ def test_every_node_has_a_help_page_that_names_each_of_its_slots(server: Server,
         assert sorted(named) == sorted(slots), node
 
 
-def test_every_help_page_has_a_small_picture_that_is_served_beside_it(server: Server, our_nodes: dict[str, Any]) -> None:
+def test_every_help_page_has_a_small_picture_that_is_served_beside_it(
+    server: Server, our_nodes: dict[str, Any]
+) -> None:
     pack = next(iter(our_nodes.values()))["python_module"].rpartition(".")[2]
     pages = [(DOCS / f"{node}.md").read_text(encoding="utf-8") for node in our_nodes]
     shown = [name for page in pages for _, name in re.findall(r"!\[(.+?)\]\((.+?)\)", page)]
