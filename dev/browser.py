@@ -32,6 +32,8 @@ def find_or_install(log: Path, progress: Progress) -> str | None:
         progress(f"installing {' and '.join(PACKAGES)} (170 MB to download)")
         _install(log)
         found = find()
+        if found is None:
+            raise DevError(f"{PACKAGES[0]} was installed and is not on the path: name it in {VARIABLE} (log: {log})")
     if found is None and os.environ.get("CI"):
         raise DevError(f"no Chromium is on this machine, and CI is set: install one, or name it in {VARIABLE}")
     return found

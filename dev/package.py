@@ -28,6 +28,8 @@ COMFY_CLI = "comfy-cli==1.23.0"
 TOOL_MEGABYTES = 500
 QUICK_START = "1_quick_start"
 LIMIT, LIMIT_BESIDES_DEMO = 17_000_000, 2_000_000
+LIMIT_SECONDS = 60
+"""From the zip to the first erased image, without the start of the server."""
 DEMO_WEIGHTS = ("demo/demo_model.safetensors", "demo/loras/")
 # may run code when they are opened
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")
@@ -111,15 +113,21 @@ def install(archive: Path, base: Path, host: Host) -> Host:
 
 
 def first_image(host: Host, stem: str = QUICK_START) -> dict[str, float]:
-    """Runs a template as it ships on a server that is started for it. Returns seconds: `start`, then `run`."""
+    """Runs a template as it ships on a server that is started for it. Returns seconds: `start`, then `run`.
+
+    Raises: DevError if it saved no image, or erased nothing.
+    """
     started = time.perf_counter()
     with running_server(host) as server:
         ready = time.perf_counter()
         served = server.api.get(f"/api/workflow_templates/{workspace.LINK}/{stem}.json")
         graph = workflow.to_api(served, server.api.get("/object_info"))
-        saved = server.api.images(server.api.run(graph)).get(workflow.node_of_type(graph, "SaveImage"))
-        if not saved:
+        entry = server.api.run(graph)
+        if not server.api.images(entry).get(workflow.node_of_type(graph, "SaveImage")):
             raise DevError(f"{stem} saved no image")
+        report = entry["outputs"].get(workflow.node_of_type(graph, "PreviewAny"), {}).get("text", [""])[0]
+        if "and erased it" not in report:
+            raise DevError(f"{stem} erased nothing; it reports '{report.partition(chr(10))[0]}'")
         return {"start": ready - started, "run": time.perf_counter() - ready}
 
 

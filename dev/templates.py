@@ -638,4 +638,40 @@ COMPARE = Blueprint(
     },
 )
 
-BLUEPRINTS = (COMPARE,)
+ERASE_ONE_WORD = Blueprint(
+    "Erase one word",
+    "A KSampler that erases a word: the erasure LoRA is made from the word alone, for SD 1.x, SD 2.x and SDXL.",
+    (
+        Column(
+            NARROW,
+            (Group("", (Node("lora", "UnGuideEraseConcept", 600, {"concept": "cat"}),)),),
+        ),
+        Column(
+            NARROW,
+            (
+                Group(
+                    "",
+                    (
+                        Node("sampler", "UnGuideSampler", 800, {"erasure_lora": Output("lora", "erasure_lora")}),
+                        Node("decode", "VAEDecode", 60, {"samples": Output("sampler", "latent")}),
+                    ),
+                ),
+            ),
+        ),
+    ),
+    {
+        "model": (("lora", "model"), ("sampler", "model")),
+        "clip": (("lora", "clip"),),
+        "vae": (("decode", "vae"),),
+        **{name: (("sampler", name),) for name in ("positive", "negative", "latent_image")},
+        **{name: (("lora", name),) for name in ("concept", "generate_instead", "strength")},
+        **{name: (("sampler", name),) for name in ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise")},
+    },
+    {
+        "image": Output("decode", "IMAGE"),
+        "erasure_lora": Output("lora", "erasure_lora"),
+        "report": Output("sampler", "report"),
+    },
+)
+
+BLUEPRINTS = (COMPARE, ERASE_ONE_WORD)

@@ -25,6 +25,8 @@ GROUND, TEXT = "#14181f", "#f2f4f8"
 COMPARISON = "3_compare_base_lora_unguide"
 SMALL = {"width": 64, "height": 64, "ckpt_name": "unguide-demo.safetensors"}
 """For templates that start from a checkpoint of the user's: the demo's, at its own size."""
+LONGEST = 7200.0
+"""Seconds for a template: some train, on a machine that may do much else."""
 BASE = "1: base"
 TITLES = {"the model": BASE, "the LoRA alone": "2: LoRA only", "UnGuide": "3: UnGuide"}
 CAPTIONS = {
@@ -45,7 +47,7 @@ def images(server: Server, object_info: dict[str, Any], stem: str, prompt: str) 
         if node["_meta"]["title"] == "Prompt":
             node["inputs"]["text"] = f"a photo of the {prompt}"
         node["inputs"] |= {name: value for name, value in SMALL.items() if name in node["inputs"]}
-    found = server.api.images(server.api.run(graph))
+    found = server.api.images(server.api.run(graph, LONGEST))
     saved = {key: node["_meta"]["title"] for key, node in graph.items() if node["class_type"] == "SaveImage"}
     return {title: Image.open(io.BytesIO(found[key][0])).convert("RGB") for key, title in saved.items()}
 

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..unguide_comfy.lora.load import ErasureLora
 from ..unguide_comfy.lora.save import save_erasure_loras
+from ..unguide_comfy.report.progress import say
 from ..unguide_core.formats import FORMATS
 from .wires import erasure_lora_input, schema
 
@@ -41,7 +42,9 @@ class SaveErasureLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, erasure_lora: tuple[ErasureLora, ...], filename_prefix: str, format: str) -> io.NodeOutput:
-        return io.NodeOutput(ui={"text": save_erasure_loras(erasure_lora, filename_prefix, format)})
+        names = save_erasure_loras(erasure_lora, filename_prefix, format)
+        say(f"saved: {', '.join(names)}")
+        return io.NodeOutput(ui={"text": names})
 
 
 NODES = [SaveErasureLora]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from dev.pack import load_pack, pack_module, start_host
@@ -9,6 +11,7 @@ from dev.workspace import PACK as ROOT
 
 __all__ = ["ROOT", "load_pack", "pack_module", "start_host"]
 
+BROWSER = "tests/browser/"
 SLOW = (
     "host/test_architectures.py",
     "host/test_benchmark.py",
@@ -41,3 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.host)
         if path.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one worker, and all files of tests/browser to the same, for they share a server and a page."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return BROWSER if nodeid.startswith(BROWSER) else str(super()._split_scope(nodeid))
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None

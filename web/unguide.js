@@ -3,6 +3,7 @@
 // 1. The verdict of a run as a coloured badge on UnGuide Sampler, UnGuide and Stability Probe.
 // 2. Advanced inputs fold away in the classic canvas too, as Nodes 2.0 does by itself.
 // 3. Wires of erasure LoRAs have a colour of their own, and Load Erasure LoRA is suggested first for them.
+// 4. A template opens in the view that it was saved with, in which its texts can be read.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -118,6 +119,25 @@ function suggestLoader() {
   if (suggested) suggested[WIRE] = [LOADER, ...(suggested[WIRE] ?? []).filter((name) => name !== LOADER)];
 }
 
+// ---------------------------------------------------------------- the view
+
+// The host shows a template so small that the classic canvas leaves its texts out, and passes over the saved view.
+function showSavedView() {
+  const { ds, canvas } = app.canvas ?? {};
+  const { _nodes: nodes = [], extra } = app.rootGraph ?? app.graph ?? {};
+  const saved = extra?.ds;
+  if (!ds || !(saved?.scale > ds.scale) || !nodes.some((node) => OURS.test(node.comfyClass ?? ""))) return;
+  const room = [canvas.clientWidth, canvas.clientHeight];
+  const isInside = (node, axis) => {
+    const near = (node.pos[axis] + saved.offset[axis]) * saved.scale;
+    return near >= 0 && near + node.size[axis] * saved.scale <= room[axis];
+  };
+  if (!nodes.every((node) => isInside(node, 0) && isInside(node, 1))) return;
+  ds.scale = saved.scale;
+  ds.offset = [...saved.offset];
+  app.canvas.setDirty(true, true);
+}
+
 app.registerExtension({
   name: "unguideconcepterasure.page",
   nodeCreated(node) {
@@ -125,7 +145,10 @@ app.registerExtension({
     foldAdvanced(node);
     if (JUDGING.includes(node.comfyClass)) addVerdict(node);
   },
-  afterConfigureGraph: colourWires,
+  afterConfigureGraph() {
+    colourWires();
+    showSavedView();
+  },
   setup() {
     suggestLoader();
     colourWires();

@@ -6,17 +6,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from dev import package
 from dev.browser import VARIABLE, find
 from dev.host import Host
+from dev.page import Canvas, opened
 from dev.report import Progress
 from dev.server import Server, running_server
-from tests.browser.canvas import Canvas
-
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-VIEW = {"width": 1600, "height": 1000}
 
 
 @pytest.fixture(scope="session")
@@ -40,17 +36,14 @@ def server(browser_path: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="session")
 def session_canvas(server: Server, browser_path: str) -> Iterator[Canvas]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
-        canvas = Canvas(browser.new_context(viewport=VIEW).new_page(), server)
-        canvas.visit()
+    with opened(server, browser_path) as canvas:
         yield canvas
-        browser.close()
 
 
 @pytest.fixture
-def canvas(session_canvas: Canvas) -> Canvas:
-    """The page with an empty graph in the classic canvas."""
+def canvas(session_canvas: Canvas) -> Iterator[Canvas]:
+    """The page with an empty graph in the classic canvas; no test may leave an error in its console."""
     session_canvas.nodes_2(False)
     session_canvas.clear()
-    return session_canvas
+    yield session_canvas
+    assert session_canvas.errors == []

@@ -22,7 +22,7 @@ EXPECTED = [
     "6_train_on_your_checkpoint",
 ]
 OWN_CHECKPOINT = {"6_train_on_your_checkpoint"}
-BLUEPRINTS = ["Compare with and without UnGuide"]
+BLUEPRINTS = ["Compare with and without UnGuide", "Erase one word"]
 
 
 @pytest.fixture(params=STEMS)

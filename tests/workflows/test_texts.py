@@ -74,12 +74,16 @@ def test_every_node_has_a_help_page_that_names_each_of_its_slots(server: Server,
         assert sorted(named) == sorted(slots), node
 
 
-def test_the_images_of_the_help_pages_are_served_beside_them(server: Server, our_nodes: dict[str, Any]) -> None:
+def test_every_help_page_has_a_small_picture_that_is_served_beside_it(
+    server: Server, our_nodes: dict[str, Any]
+) -> None:
     pack = next(iter(our_nodes.values()))["python_module"].rpartition(".")[2]
     pages = [(DOCS / f"{node}.md").read_text(encoding="utf-8") for node in our_nodes]
     shown = [name for page in pages for _, name in re.findall(r"!\[(.+?)\]\((.+?)\)", page)]
     assert sorted(shown) == sorted(path.name for path in DOCS.glob("*.jpg"))
+    assert {name.removesuffix(".jpg") for name in shown} == set(our_nodes)
     for name in shown:
+        assert (DOCS / name).stat().st_size < 60_000
         assert server.api.request(f"/extensions/{pack}/docs/{name}") == (DOCS / name).read_bytes()
     assert sum(path.stat().st_size for path in DOCS.iterdir()) < 1_000_000
 
