@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """Return the entries of a text that commas separate, "，" and "、" included, without blanks and repetitions."""
-    return tuple(dict.fromkeys(entry.strip() for entry in re.split("[,，、]", text) if entry.strip()))
+    """Return the entries of a text without blanks and repetitions; full-width commas (U+FF0C, U+3001) separate too."""
+    return tuple(dict.fromkeys(entry.strip() for entry in re.split("[,\uff0c\u3001]", text) if entry.strip()))
 
 
 def lines(text: str) -> tuple[str, ...]:
