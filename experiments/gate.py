@@ -197,7 +197,7 @@ def summary(sets: Mapping[str, list[Score]]) -> str:
 
 
 def report_of(sets: Mapping[str, list[Score]], statistic: str) -> str:
-    """Return the tables of several sets, for a document: of the cascade, or of one statistic of the trajectory stage."""
+    """Return the tables of several sets: of the cascade, or of one statistic of the trajectory stage."""
     parts = []
     if statistic == AUTOMATIC:
         parts.append(summary(sets))
@@ -266,4 +266,4 @@ def run(options: Namespace) -> None:
     marker = "gate" if options.statistic == AUTOMATIC else "statistics"
     publish(report_of(sets, options.statistic), options.markdown, marker)
     if options.diagram:
-        draw(next(iter(content.values()))["scores"], options.diagram)
+        draw([vars(score) for score in next(iter(sets.values()))], options.diagram)

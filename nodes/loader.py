@@ -78,8 +78,8 @@ class LoadErasureLora(io.ComfyNode):
                     max=1.0,
                     step=0.005,
                     optional=True,
-                    tooltip="For files with full weights, which become a LoRA: the share of each layer's change that it "
-                    "keeps. Its rank follows from it.",
+                    tooltip="For files with full weights, which become a LoRA: the share of each layer's change that "
+                    "it keeps. Its rank follows from it.",
                 ),
                 ErasureLoraWire.Input(
                     "erasure_lora",

@@ -25,9 +25,9 @@ class StabilityProbe(io.ComfyNode):
         return schema(
             node_id="UnGuideProbe",
             display_name="Stability Probe",
-            description="Decides whether a prompt carries the erased concept: by its text where the LoRA is calibrated, "
-            "else by denoising it for a few steps with the base model. Gives the decision to UnGuide, and as plain "
-            "values to any other node; shows all statistics.",
+            description="Decides whether a prompt carries the erased concept: by its text where the LoRA is "
+            "calibrated, else by denoising it for a few steps with the base model. Gives the decision to UnGuide, "
+            "and as plain values to any other node; shows all statistics.",
             search_aliases=["concept detector", "safety check", "nsfw check", "censor check"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without the erasure LoRA."),

@@ -27,11 +27,11 @@ class UnGuideSettings(io.ComfyNode):
                     "decide",
                     options=list(DECIDE),
                     default=DEFAULTS.decide,
-                    tooltip="A calibrated LoRA's text stage decides most prompts first, at no cost. What it leaves open is "
-                    "decided, during sampling: at an early step of the image itself, separately for each image of a "
-                    "batch, at one model evaluation; before sampling: once per prompt, at about a dozen evaluations. "
-                    "as the paper: the research code's schedule, probe and weights (-1, 2); slow. always erase: no "
-                    "gate.",
+                    tooltip="A calibrated LoRA's text stage decides most prompts first, at no cost. What it leaves "
+                    "open is decided, during sampling: at an early step of the image itself, separately for each "
+                    "image of a batch, at one model evaluation; before sampling: once per prompt, at about a dozen "
+                    "evaluations. as the paper: the research code's schedule, probe and weights (-1, 2); slow. "
+                    "always erase: no gate.",
                 ),
                 io.Boolean.Input(
                     "resist_adversarial",
@@ -52,10 +52,10 @@ class UnGuideSettings(io.ComfyNode):
                     "check_image",
                     options=list(CHECK_IMAGE),
                     default=DEFAULTS.check_image,
-                    tooltip="Whether the gate also reads the image itself, where the LoRA is calibrated: a start image or "
-                    "chosen noise can bring a concept that no prompt names. automatic: reads a start image at one "
-                    "model evaluation, and the image late in the run where that is free. always: reads the image at "
-                    "one more evaluation where it is not free. never: reads it with resist_adversarial alone.",
+                    tooltip="Whether the gate also reads the image itself, where the LoRA is calibrated: a start "
+                    "image or chosen noise can bring a concept that no prompt names. automatic: reads a start image "
+                    "at one model evaluation, and the image late in the run where that is free. always: reads the "
+                    "image at one more evaluation where it is not free. never: reads it with resist_adversarial alone.",
                 ),
                 io.Float.Input(
                     "false_positive_rate",
@@ -144,8 +144,8 @@ class UnGuideSettings(io.ComfyNode):
                     io.Boolean,
                     "low_memory",
                     default=DEFAULTS.low_memory,
-                    tooltip="Computes base and adapted predictions one after the other, and never in one batch. Without "
-                    "it they share a batch where memory allows.",
+                    tooltip="Computes base and adapted predictions one after the other, and never in one batch. "
+                    "Without it they share a batch where memory allows.",
                 ),
                 io.Conditioning.Input(
                     "neutral",

@@ -158,7 +158,8 @@ class TrainErasureLora(io.ComfyNode):
                     min=0,
                     max=500,
                     optional=True,
-                    tooltip="Steps of the rollouts that give the latents to train at. 0: the preset's (paper 50, selective 10).",
+                    tooltip="Steps of the rollouts that give the latents to train at. 0: the preset's (paper 50, "
+                    "selective 10).",
                 ),
                 advanced(
                     io.String,

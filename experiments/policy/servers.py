@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dev.api import ExecutionFailedError, PromptRejectedError
 from dev.host import Host

@@ -22,7 +22,15 @@ def test_a_report_takes_the_place_between_its_markers_alone(tmp_path: Path, caps
 
 @pytest.mark.parametrize(
     ("name", "marker"),
-    [("gate", "few steps"), ("gate", "images"), ("benchmark", "benchmark"), ("bench", "bench"), ("policy", "policy")],
+    [
+        ("gate", "gate"),
+        ("gate", "statistics"),
+        ("gate", "few steps"),
+        ("gate", "images"),
+        ("benchmark", "benchmark"),
+        ("bench", "bench"),
+        ("policy", "policy"),
+    ],
 )
 def test_the_documents_have_the_markers(name: str, marker: str) -> None:
     text = (PACK / "docs" / f"{name}.md").read_text(encoding="utf-8")

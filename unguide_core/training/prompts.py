@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """Return the entries of a text that commas separate, full-width ones included, without blanks and repetitions."""
+    """Return the entries of a text without blanks and repetitions; full-width commas (U+FF0C, U+3001) separate too."""
     return tuple(dict.fromkeys(entry.strip() for entry in re.split("[,\uff0c\u3001]", text) if entry.strip()))
 
 
