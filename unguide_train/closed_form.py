@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,10 +16,12 @@ from unguide_core.adapter import Adapter, Card
 from unguide_core.adapter.names import underscored
 from unguide_core.closed_form import ClosedForm
 from unguide_core.formats import save_adapter
-from unguide_core.text_edit import Kept, TextLayers, edit_text
+from unguide_core.probe.calibration import Calibration
+from unguide_core.probe.text import TextCalibration, calibrated_text, text_map
+from unguide_core.text_edit import Edited, Encode, Kept, TextLayers, edit_text
 from unguide_core.training.layers import chosen_layers
-from unguide_core.training.prompts import listed
-from unguide_core.vocabulary import KEPT_PROMPTS, KINDS, Edit, kept_prompts
+from unguide_core.training.prompts import listed, names_a_word
+from unguide_core.vocabulary import KEPT_PROMPTS, KINDS, Edit, kept_prompts, unseen_prompts
 
 from .config import ConfigError
 from .job import Summary
@@ -106,14 +109,32 @@ def erase(task: Task, progress: Callable[[str], object]) -> Iterator[Summary]:
     prompts = kept_prompts((), task.kept, task.shipped)
     progress(f"encoding {len(prompts)} prompts to keep")
     kept = Kept.of(prompts, encode)
+    others = {prompt: encode(prompt)[0] for prompt in unseen_prompts(task.shipped)}
     for edits, path in task.groups():
-        began = time.perf_counter()
+        began, encode_once = time.perf_counter(), cache(encode)
         words = [word for edit in edits for word in edit.words]
-        found = edit_text(edits, kept.without(words, encode), layers, encode, task.settings)
+        found = edit_text(edits, kept.without(words, encode), layers, encode_once, task.settings)
+        adapter, card = Adapter(found.layers), card_of(edits, base, task.settings)
+        without = [states for prompt, states in others.items() if not names_a_word(prompt, words)]
+        text = text_calibration(edits, found, layers, encode_once, without)
+        calibration = Calibration(base.hash, adapter.signature, text=text)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_adapter(Adapter(found.layers, card_of(edits, base, task.settings)), path)
+        save_adapter(replace(adapter, card=replace(card, calibration=calibration.to_card())), path)
         concept = ", ".join(edit.concept for edit in edits)
         yield Summary(concept, str(path), 0, 0, 0.0, None, 0, time.perf_counter() - began, os.getpid())
+
+
+def text_calibration(
+    edits: Sequence[Edit], found: Edited, layers: TextLayers, encode: Encode, others: Sequence[Tensor]
+) -> TextCalibration:
+    """Returns the calibration of the text stage: of the first concept's own prompt, and of all that are erased.
+
+    Args:
+        others: text states of prompts without the concepts, [tokens, width].
+    """
+    seen = text_map([found.layers[name] for name in layers.tokens], [float(w.norm()) for w in layers.tokens.values()])
+    own, *concept = (encode(pair.target)[0] for edit in edits for pair in edit.pairs)
+    return calibrated_text(seen, own, concept, others)
 
 
 def text_layers(base: Base) -> TextLayers:

@@ -19,7 +19,6 @@ RUNNING = [
     if stem not in OWN_CHECKPOINT
 ]
 CAT = "a photo of the cat"
-UNCALIBRATED = {"0_erase_a_word"}
 FEW = {"steps": 3, "shipped_prompts": 8, "iterations": 2, "sampling_steps": 2, "scenes": "", "preview_every": 0}
 KEPT = "\n".join(f"a photo of the {word}" for word in ("dog", "bird", "ship", "car", "forest", "sea", "sky", "house"))
 JUDGED = {"UnGuideSampler": "erased: ", "UnGuideModel": "erased: ", "UnGuideProbe": "detected: "}
@@ -60,8 +59,6 @@ def test_a_template_runs_shows_its_verdict_and_nothing_overlaps(canvas: Canvas, 
 
 def verdict_of(stem: str, node: str) -> tuple[str, str, bool]:
     """The badge for a cat: its kind, its text, and that it is one line on the screen."""
-    if stem in UNCALIBRATED:
-        return "unsure", "not calibrated: erased cat", True
     return "erased", f"{JUDGED[node]}cat", True
 
 

@@ -17,7 +17,7 @@ from comfy.text_encoders import sd2_clip
 
 from demo.shapes import TEXT_LAYERS
 from tests.conftest import pack_module
-from tests.host.conftest import CAT, Demo, fixed, ksampler
+from tests.host.conftest import CAT, UNRELATED, Demo, Observer, fixed, guided, ksampler
 from tests.host.families import FAMILIES, Family
 from tests.host.test_blending import relative
 from tests.host.test_training import demo_weights, scaled_fp8  # noqa: F401
@@ -27,6 +27,7 @@ states = pack_module("unguide_comfy.erase.states")
 core, edits = pack_module("unguide_core.closed_form"), pack_module("unguide_core.text_edit")
 vocabulary, formats = pack_module("unguide_core.vocabulary"), pack_module("unguide_core.formats")
 weights, match = pack_module("unguide_comfy.model.weights"), pack_module("unguide_comfy.lora.match")
+calibration, keys = pack_module("unguide_core.probe.calibration"), pack_module("unguide_comfy.model.key")
 node = pack_module("nodes.erase").EraseConcept
 
 SHIPPED = 30  # the training's own list, which is enough here
@@ -91,6 +92,14 @@ def test_every_layer_that_reads_the_prompt_is_changed_and_no_other(pair, tiny):
         assert layer.weight_shape == family.model.model.get_submodule(name).weight.shape
         assert {layer.down.dtype, layer.up.dtype} == {torch.float32}
     assert len(match.match(tiny.adapter, family.model.model, "x").layers) == len(tiny.adapter.layers)
+
+
+def test_its_text_stage_is_calibrated_for_the_model(pair, tiny):
+    family, _ = pair
+    found = calibration.Calibration.from_card(tiny.adapter.card.calibration)
+    assert (found.model, found.adapter) == (keys.model_key(family.model), tiny.adapter.signature)
+    assert found.text.text.concept.count == tiny.adapter.card.settings["pairs"]
+    assert len(found.text.direction) == tiny.concept[0][0].shape[-1]
 
 
 def test_the_change_is_the_dense_ridge_solution_of_the_clips_states_and_the_models_weights(pair):
@@ -234,6 +243,26 @@ def test_the_prompts_prediction_becomes_the_references_and_others_stay(demo, dem
         for prompt in ("a photo of the ship", "a photo of the truck"):
             base = prediction(demo.model, prompt)
             assert relative(prediction(adapted, prompt), base) < 0.25 * relative(prediction(adapted, CAT), base)
+
+
+@pytest.mark.parametrize(("prompt", "detected"), [(CAT, True), ("a kitty in the sea", True), (UNRELATED[0], False)])
+def test_its_gate_decides_by_the_text_before_the_first_step(demo, demo_cat, prompt, detected):
+    observer = Observer()
+    with torch.inference_mode():
+        ksampler(guided(demo.model, demo_cat, observer=observer), demo.encode(prompt), demo.encode(""), steps=2)
+    assert (observer.decision.stage, observer.decision.detected) == ("text", detected)
+    assert observer.cost.total == observer.cost.plain
+
+
+def test_what_text_cannot_tell_apart_is_said(demo_cat):
+    said = concept.separation(demo_cat)
+    assert said.startswith("The gate decides by the prompt's text: ")
+    content = demo_cat.adapter.card.calibration
+    others = {**content["text"]["text"]["others"], "tail": [2.0] * 6}
+    text = {**content["text"], "text": {**content["text"]["text"], "others": others}}
+    card = replace(demo_cat.adapter.card, calibration={**content, "text": text})
+    worse = replace(demo_cat, adapter=replace(demo_cat.adapter, card=card))
+    assert concept.separation(worse).startswith("WARNING: by their text the gate cannot tell prompts with 'cat'")
 
 
 def test_commas_make_a_stack_of_erasure_loras_each_with_its_concept(demo, clip):

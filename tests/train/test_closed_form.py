@@ -14,6 +14,7 @@ from tests.host.test_blending import relative
 from tests.host.test_erase import clip  # noqa: F401
 from unguide_core.adapter.names import HOST, renamed
 from unguide_core.formats import load_adapter
+from unguide_core.probe.calibration import Calibration
 from unguide_train.cli import main
 from unguide_train.closed_form import read_list
 from unguide_train.config import ConfigError
@@ -44,6 +45,9 @@ def test_a_concept_is_written_as_the_node_makes_it(arguments, tmp_path, clip, ca
     with torch.inference_mode():
         chosen = node.Words(("cat",), ("forest",), (("kitty",),), shipped=30)
         (lora,), _ = node.erase_concepts(load_narrow_model(), clip, chosen, settings)
+    text, theirs = (Calibration.from_card(one.card.calibration).text for one in (adapter, lora.adapter))
+    assert text.text.thresholds(0.01) == pytest.approx(theirs.text.thresholds(0.01), rel=0.02)
+    assert torch.allclose(text.vector, theirs.vector, atol=0.02 * float(theirs.vector.abs().max()))
     own = renamed(adapter.layers, HOST, "demo")
     assert set(own.values()) == set(lora.adapter.layers)
     for name, layer in adapter.layers.items():

@@ -10,17 +10,23 @@ from typing import Any
 
 from ...unguide_core.adapter import Adapter, Card
 from ...unguide_core.closed_form import ClosedForm, most_different
+from ...unguide_core.probe.calibration import Calibration, CalibrationPrompts
+from ...unguide_core.probe.spread import TAIL_RATES
 from ...unguide_core.text_edit import Edited, Kept, edit_text
 from ...unguide_core.training.prompts import PREFIX, SCENES, Pair, names_a_word
 from ...unguide_core.vocabulary import FEW_KEPT, KEPT_PROMPTS, KINDS, Edit, kept_prompts, unseen_prompts
-from ..lora.load import ErasureLora
+from ..lora.load import Conditioning, ErasureLora
+from ..probe.calibrate import with_text_calibration
 from ..report.progress import say
 from .layers import text_layers
-from .states import States, known_states
+from .states import Known, States, known_states, states_of
 
 log = logging.getLogger(__name__)
 
 OBJECTIVE = "closed form"
+
+RATE = 0.01
+"""The accepted share of false positives, as a gate has by default."""
 
 LIMITS = (
     "It works on the prompt: it cannot see what a start image shows or what no prompt names. Misspellings, other "
@@ -82,7 +88,7 @@ class Words:
 def erase_concepts(
     model: Any, clip: Any, words: Words, settings: ClosedForm, strength: float = 1.0
 ) -> tuple[tuple[ErasureLora, ...], str]:
-    """Return an erasure LoRA for each concept, and a report in sentences.
+    """Return an erasure LoRA for each concept, its gate calibrated for the prompt's text, and a report in sentences.
 
     Args:
         model: a `ModelPatcher`; whatever patches are on it count as the base.
@@ -98,17 +104,58 @@ def erase_concepts(
     lines: list[str] = []
     for number, edit in enumerate(edits, start=1):
         say(f"Erasing {edit.concept!r}, {number} of {len(edits)}")
-        own = known.kept.without(edit.words, states)
-        edited = edit_text([edit], own, layers, states, settings)
+        own, encoded = known.kept.without(edit.words, states), _Remembering(states)
+        edited = edit_text([edit], own, layers, encoded, settings)
         card = card_of(edit, settings, edited, type(model.model.model_config).__name__)
-        neutral, concept = states.conditioning(""), states.conditioning(card.target)
-        loras.append(
-            ErasureLora(edit.concept, Adapter(edited.layers, card), strength, card.concept_prompt, concept, neutral)
-        )
-        lines += described(edit, edited, own)
+        neutral, concept = states.conditioning(""), encoded.conditioning(card.target)
+        lora = ErasureLora(edit.concept, Adapter(edited.layers, card), strength, card.concept_prompt, concept, neutral)
+        loras.append(with_text_calibration(model, lora, prompts_of(edit, concept, encoded, known)))
+        lines += [*described(edit, edited, own), separation(loras[-1])]
     seconds = time.perf_counter() - began
     lines.append(f"{states.count} prompts encoded, {seconds:.1f} s in all, no model evaluation.")
     return tuple(loras), "\n".join([*lines, LIMITS])
+
+
+class _Remembering:
+    """A text encoder that encodes each prompt once: those to erase are needed for the edit and for its calibration."""
+
+    def __init__(self, states: States):
+        self._states, self._known = states, dict[str, Conditioning]()
+
+    def __call__(self, prompt: str) -> tuple[Any, Any]:
+        return states_of(self.conditioning(prompt))
+
+    def conditioning(self, prompt: str) -> Conditioning:
+        if prompt not in self._known:
+            self._known[prompt] = self._states.conditioning(prompt)
+        return self._known[prompt]
+
+
+def prompts_of(
+    edit: Edit, own: Conditioning, encoded: _Remembering, known: Known
+) -> CalibrationPrompts[Conditioning]:
+    """Return the prompts that an edit's gate is calibrated with: all that it erases, and unseen ones without it."""
+    others = [prompt for text, prompt in known.others.items() if not names_a_word(text, edit.words)]
+    concept = [encoded.conditioning(pair.target) for pair in edit.pairs[1:]]
+    return CalibrationPrompts(own, concept, others, edit.concept)
+
+
+def separation(lora: ErasureLora) -> str:
+    """Return a sentence on how well the gate tells the concept's prompts from others by their text."""
+    calibration = Calibration.from_card(lora.adapter.card.calibration)
+    text = None if calibration is None else calibration.text
+    thresholds = None if text is None else text.text.thresholds(RATE)
+    if text is None or thresholds is None:
+        return (
+            f"WARNING: by their text the gate cannot tell prompts with {lora.name!r} from others; it decides at an early "
+            "step of the image, less surely. Keep more prompts that resemble it, or use Calibrate Erasure LoRA."
+        )
+    weakest, strongest = text.text.concept.beyond(TAIL_RATES[0]), text.text.others.beyond(TAIL_RATES[0])
+    return (
+        f"The gate decides by the prompt's text: {text.text.concept.count} prompts with {lora.name!r} score "
+        f"{weakest:.2f} or more, {text.text.others.count} others {strongest:.2f} or less, and it is detected from "
+        f"{thresholds[1]:.2f} on."
+    )
 
 
 def neutral_reference(states: States, concept: str, synonyms: Sequence[str]) -> str:

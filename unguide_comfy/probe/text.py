@@ -1,7 +1,8 @@
 """The text stage in the host: what an adapter does to the text states that a run reads, without an evaluation.
 
-Present for adapters all of whose layers read text states alone, where the network reads the states of the conditioning
-as they are: the cross-attention keys and values of SD 1.x, 2.x and SDXL. `unguide_core.probe.text` has the statistics.
+Present for adapters all of whose layers read text alone, where the network reads the states of the conditioning as they
+are: the cross-attention keys and values of SD 1.x, 2.x and SDXL. SDXL's layer of the pooled state may be among them; the
+statistics are of the others. `unguide_core.probe.text` has the statistics.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ from .settings import Settings
 READS_TEXT = re.compile(r"diffusion_model\.(input_blocks|middle_block|output_blocks)\..*\.attn2\.to_[kv]")
 """Paths of the modules that read text states as the conditioning has them, and nothing else."""
 
+READS_POOLED = re.compile(r"diffusion_model\.label_emb\..*")
+"""Paths of the modules that read SDXL's pooled text state."""
+
 
 def reads_text_alone(paths: Iterable[str]) -> bool:
-    """Return whether the modules at all of these paths read text states, and nothing else."""
-    return all(READS_TEXT.fullmatch(path) for path in paths)
+    """Return whether the modules at these paths read text states, and nothing besides but the pooled one."""
+    rest = [path for path in paths if not READS_POOLED.fullmatch(path)]
+    return bool(rest) and all(READS_TEXT.fullmatch(path) for path in rest)
 
 
 def text_statistics(
@@ -104,10 +109,13 @@ def text_calibration(
 
 
 def text_map_of(model: Any, layers: Mapping[str, LowRank]) -> torch.Tensor:
-    """Return `unguide_core.probe.text.text_map` of layers on a `ModelPatcher`, by its weights without patches."""
-    weights = unpatched_weights(model)
-    norms = [float(dequantized(weights[f"{path}.weight"]).float().norm()) for path in layers]
-    return text_map(list(layers.values()), norms)
+    """Return `unguide_core.probe.text.text_map` of layers on a `ModelPatcher`, by its weights without patches.
+
+    Of the layers that read text states; the pooled one is not among them.
+    """
+    weights, read = unpatched_weights(model), [path for path in layers if READS_TEXT.fullmatch(path)]
+    norms = [float(dequantized(weights[f"{path}.weight"]).float().norm()) for path in read]
+    return text_map([layers[path] for path in read], norms)
 
 
 def _calibration(context: Context, lora: ErasureLora, settings: Settings) -> TextCalibration | None:
