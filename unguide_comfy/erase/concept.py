@@ -131,9 +131,7 @@ class _Remembering:
         return self._known[prompt]
 
 
-def prompts_of(
-    edit: Edit, own: Conditioning, encoded: _Remembering, known: Known
-) -> CalibrationPrompts[Conditioning]:
+def prompts_of(edit: Edit, own: Conditioning, encoded: _Remembering, known: Known) -> CalibrationPrompts[Conditioning]:
     """Return the prompts that an edit's gate is calibrated with: all that it erases, and unseen ones without it."""
     others = [prompt for text, prompt in known.others.items() if not names_a_word(text, edit.words)]
     concept = [encoded.conditioning(pair.target) for pair in edit.pairs[1:]]
@@ -147,8 +145,8 @@ def separation(lora: ErasureLora) -> str:
     thresholds = None if text is None else text.text.thresholds(RATE)
     if text is None or thresholds is None:
         return (
-            f"WARNING: by their text the gate cannot tell prompts with {lora.name!r} from others; it decides at an early "
-            "step of the image, less surely. Keep more prompts that resemble it, or use Calibrate Erasure LoRA."
+            f"WARNING: by their text the gate cannot tell prompts with {lora.name!r} from others; it decides at an "
+            "early step of the image, less surely. Keep more prompts that resemble it, or use Calibrate Erasure LoRA."
         )
     weakest, strongest = text.text.concept.beyond(TAIL_RATES[0]), text.text.others.beyond(TAIL_RATES[0])
     return (

@@ -1,8 +1,8 @@
 """The text stage in the host: what an adapter does to the text states that a run reads, without an evaluation.
 
 Present for adapters all of whose layers read text alone, where the network reads the states of the conditioning as they
-are: the cross-attention keys and values of SD 1.x, 2.x and SDXL. SDXL's layer of the pooled state may be among them; the
-statistics are of the others. `unguide_core.probe.text` has the statistics.
+are: the cross-attention keys and values of SD 1.x, 2.x and SDXL. SDXL's layer of the pooled state may be among them;
+the statistics are of the others. `unguide_core.probe.text` has the statistics.
 """
 
 from __future__ import annotations
