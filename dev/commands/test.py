@@ -15,7 +15,7 @@ from dev.workspace import PACK
 WORKERS = 2  # each starts servers and loads models of its own
 SLOWEST = 15
 SUMMARY = "run the test suite in a real ComfyUI, or with --quick the cheap part of it (arguments go to pytest)"
-EXTRA = "any other arguments are pytest's (-k golden -s, tests/host)"
+EXTRA = "any other arguments are pytest's (-k golden -s, tests/host); tests/browser runs only where it is named"
 # not `python -m pytest`: that puts the pack's folder first on the path, where nodes/ hides ComfyUI's nodes.py
 MODULES = (
     *("pytest", "xdist", "hypothesis", "diffusers", "peft", "ray", "nudenet", "torchmetrics", "matplotlib"),
@@ -38,11 +38,11 @@ def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> 
     options += ["-m", "not slow"] if arguments.quick else []
     environment = test_environment(host)
     named = any(part.startswith(BROWSER) for part in extra)
-    if named or not (extra or arguments.quick):
+    if not named:
+        options.append(f"--ignore={BROWSER}")
+    else:
         found = browser.find_or_install(cache.home() / "logs" / "apt-get.log", progress)
         environment |= {} if found is None else {browser.VARIABLE: found}
-    if not named and not arguments.quick:
-        options += ["-m", "not lengthy"]
     if not extra:
         options += [f"--numprocesses={WORKERS}", "--dist=loadfile"]
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))

@@ -50,8 +50,12 @@ def test_every_node_input_and_output_explains_itself(schemas):
             assert part.tooltip, f"{schema.node_id}: {part}"
 
 
+UNSET = ("seed", "text_clears")
+"""Settings that no user chooses: the second is the server policy's."""
+
+
 def test_the_settings_widgets_start_from_the_settings_defaults_and_leave_none_out(schemas):
-    fields = {field.name: field.default for field in dataclasses.fields(settings()) if field.name != "seed"}
+    fields = {field.name: field.default for field in dataclasses.fields(settings()) if field.name not in UNSET}
     inputs = schemas["UnGuideSettings"].inputs
     assert {part.id for part in inputs} == set(fields)
     widgets = {part.id: part.default for part in inputs if part.id != "neutral"}
