@@ -157,14 +157,14 @@ def measured(host: Host, demo: Path, policy: Path, images: int, only: str) -> di
     with policy_server(host, demo, None) as server:
         chosen = [case for case in cases(server.api.get("/object_info"), images) if only in case.name]
         last = [case for case in put_back(images) if only in case.name]
+        plain = overhead(server)
         before = shown_by(server, chosen)
         queue_before = queued(server, images)
-        plain = overhead(server)
         last_before = shown_by(server, last)
     with policy_server(host, demo, policy) as server:
+        guarded = overhead(server)
         after = shown_by(server, chosen)
         queue_after = queued(server, images)
-        guarded = overhead(server)
         health = server.api.get("/unguide/policy")
         stopped = stopped_in_mid_run(server)
     again = Draft(CAT, images)
