@@ -64,7 +64,7 @@ def parse(module: ModuleType, name: str, given: list[str]) -> tuple[argparse.Nam
 
 
 def run(argv: list[str]) -> int:
-    """Run a command and return its exit status. Raises: DevError or SystemExit 2 for what is no command."""
+    """Run a command and return its exit status. Raises: DevError or SystemExit 2 for an unknown command."""
     known = commands()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview(known))

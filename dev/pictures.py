@@ -1,4 +1,4 @@
-"""The pictures of the nodes' help pages, as the page draws the nodes: `python3 dev pictures`.
+"""Screenshots of the nodes for their help pages: `python3 dev pictures`.
 
 Runs in the host's python, which has playwright, and in the browser that UNGUIDE_BROWSER names.
 """

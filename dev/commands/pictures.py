@@ -1,4 +1,4 @@
-"""`python3 dev pictures`: takes the pictures of the nodes' help pages in a browser."""
+"""`python3 dev pictures`: takes screenshots of the nodes in a browser, for their help pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dev.inside import run_inside
 from dev.report import DevError, Progress
 from dev.workspace import PACK
 
-SUMMARY = "write web/docs/*.jpg, the pictures of the help pages, all or those of the nodes named"
+SUMMARY = "write web/docs/*.jpg, screenshots for the help pages, of all nodes or those named"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

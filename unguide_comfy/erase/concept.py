@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from ...unguide_core.adapter import Adapter, Card
@@ -17,6 +18,7 @@ from ...unguide_core.training.prompts import PREFIX, SCENES, Pair, names_a_word
 from ...unguide_core.vocabulary import FEW_KEPT, KEPT_PROMPTS, KINDS, Edit, kept_prompts, unseen_prompts
 from ..lora.load import Conditioning, ErasureLora
 from ..probe.calibrate import with_text_calibration
+from ..probe.settings import Settings
 from ..report.progress import say
 from .layers import text_layers
 from .states import Known, States, known_states, states_of
@@ -24,9 +26,6 @@ from .states import Known, States, known_states, states_of
 log = logging.getLogger(__name__)
 
 OBJECTIVE = "closed form"
-
-RATE = 0.01
-"""The accepted share of false positives, as a gate has by default."""
 
 LIMITS = (
     "It works on the prompt: it cannot see what a start image shows or what no prompt names. Misspellings, other "
@@ -104,37 +103,28 @@ def erase_concepts(
     lines: list[str] = []
     for number, edit in enumerate(edits, start=1):
         say(f"Erasing {edit.concept!r}, {number} of {len(edits)}")
-        own, encoded = known.kept.without(edit.words, states), _Remembering(states)
-        edited = edit_text([edit], own, layers, encoded, settings)
+        own, encode = known.kept.without(edit.words, states), cache(states.conditioning)
+        edited = edit_text([edit], own, layers, partial(_states_by, encode), settings)
         card = card_of(edit, settings, edited, type(model.model.model_config).__name__)
-        neutral, concept = states.conditioning(""), encoded.conditioning(card.target)
+        neutral, concept = states.conditioning(""), encode(card.target)
         lora = ErasureLora(edit.concept, Adapter(edited.layers, card), strength, card.concept_prompt, concept, neutral)
-        loras.append(with_text_calibration(model, lora, prompts_of(edit, concept, encoded, known)))
+        loras.append(with_text_calibration(model, lora, prompts_of(edit, concept, encode, known)))
         lines += [*described(edit, edited, own), separation(loras[-1])]
     seconds = time.perf_counter() - began
     lines.append(f"{states.count} prompts encoded, {seconds:.1f} s in all, no model evaluation.")
     return tuple(loras), "\n".join([*lines, LIMITS])
 
 
-class _Remembering:
-    """A text encoder that encodes each prompt once: those to erase are needed for the edit and for its calibration."""
-
-    def __init__(self, states: States):
-        self._states, self._known = states, dict[str, Conditioning]()
-
-    def __call__(self, prompt: str) -> tuple[Any, Any]:
-        return states_of(self.conditioning(prompt))
-
-    def conditioning(self, prompt: str) -> Conditioning:
-        if prompt not in self._known:
-            self._known[prompt] = self._states.conditioning(prompt)
-        return self._known[prompt]
+def _states_by(encode: Callable[[str], Conditioning], prompt: str) -> tuple[Any, Any]:
+    return states_of(encode(prompt))
 
 
-def prompts_of(edit: Edit, own: Conditioning, encoded: _Remembering, known: Known) -> CalibrationPrompts[Conditioning]:
+def prompts_of(
+    edit: Edit, own: Conditioning, encode: Callable[[str], Conditioning], known: Known
+) -> CalibrationPrompts[Conditioning]:
     """Return the prompts that an edit's gate is calibrated with: all that it erases, and unseen ones without it."""
     others = [prompt for text, prompt in known.others.items() if not names_a_word(text, edit.words)]
-    concept = [encoded.conditioning(pair.target) for pair in edit.pairs[1:]]
+    concept = [encode(pair.target) for pair in edit.pairs[1:]]
     return CalibrationPrompts(own, concept, others, edit.concept)
 
 
@@ -142,7 +132,7 @@ def separation(lora: ErasureLora) -> str:
     """Return a sentence on how well the gate tells the concept's prompts from others by their text."""
     calibration = Calibration.from_card(lora.adapter.card.calibration)
     text = None if calibration is None else calibration.text
-    thresholds = None if text is None else text.text.thresholds(RATE)
+    thresholds = None if text is None else text.text.thresholds(Settings.false_positive_rate)
     if text is None or thresholds is None:
         return (
             f"WARNING: by their text the gate cannot tell prompts with {lora.name!r} from others; it decides at an "
