@@ -48,6 +48,8 @@ def policy(tmp_path):
 
 def test_a_policy_is_read_with_its_adapters_and_prompts(policy):
     loaded = pack_module("unguide_policy.policy").load(policy())
+    assert loaded.loras["demo", "cat"].strength == 1.5
+    assert not loaded.adapters["cat"].settings(gated=True).text_clears
     lora = loaded.loras["demo", "cat"]
     assert lora.concept_prompt == CAT
     assert lora.concept[0][0].shape == (1, 77, 768)
@@ -67,6 +69,7 @@ def test_what_a_policy_does_not_say_is_refused(policy):
         (lambda text: text + "patch: refuse\n", "unknown key 'patch'"),
         (lambda text: text + "file: other.yaml\n", "unknown key 'file'"),
         (lambda text: text.replace("concept:", "concpt:"), "unknown key 'concpt'"),
+        (lambda text: text.replace("cat: {file", "cat: {strength: 0, file"), "strength is 0; expected a number"),
         (lambda text: text.replace("version: 1", "version: 2"), "version: 1"),
         (lambda text: text + "training: maybe\n", "training is 'maybe'; expected one of refuse, pass"),
         (lambda text: text + "training: pass\ntraining: refuse\n", "'training' occurs twice"),
