@@ -13,37 +13,47 @@ __all__ = ["ROOT", "load_pack", "pack_module", "start_host"]
 
 BROWSER = "tests/browser/"
 SLOW = (
+    "workflows/test_runs.py",
+    "train/",
+    "browser/",
+    "host/test_decisions.py",
+    "host/test_training.py",
+    "experiments/test_instant.py",
     "host/test_architectures.py",
     "host/test_benchmark.py",
     "host/test_blending.py",
-    "host/test_decisions.py",
     "host/test_erase.py",
     "host/test_foreign.py",
     "host/test_gate.py",
-    "host/test_training.py",
     "host/test_windows.py",
     "policy/test_server.py",
     "workflows/test_demo.py",
     "workflows/test_failures.py",
-    "workflows/test_runs.py",
     "bench/test_runs.py",
     "bench/test_suites.py",
     "bench/test_technique.py",
-    "browser/",
-    "experiments/test_instant.py",
-    "train/",
 )
-"""Below tests/, what takes more than half a minute: training, sampling at length, servers that run whole workflows."""
+"""Below tests/, what takes more than half a minute: training, sampling at length, servers that run whole workflows.
+They are run first, and in this order, so that all workers end together."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the host, and what `python3 dev test --quick` leaves out."""
+    """Mark what needs the host, and what `python3 dev test --quick` leaves out; run that first."""
     for item in items:
-        path = item.path.relative_to(ROOT / "tests").as_posix()
-        if path.startswith(("browser/", "host/", "policy/", "workflows/")):
+        if _path(item).startswith(("browser/", "host/", "policy/", "workflows/")):
             item.add_marker(pytest.mark.host)
-        if path.startswith(SLOW):
+        if _slowness(item) < len(SLOW):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=_slowness)
+
+
+def _path(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT / "tests").as_posix()
+
+
+def _slowness(item: pytest.Item) -> int:
+    """A test's place in `SLOW`."""
+    return next((place for place, prefix in enumerate(SLOW) if _path(item).startswith(prefix)), len(SLOW))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,8 +13,10 @@ from unguide_core.probe.calibration import (
     MINIMUM_OTHERS,
     PROBED_STEPS,
     STEPS,
+    Asked,
     Calibration,
     CalibrationPrompts,
+    Probed,
     calibrated_levels,
 )
 from unguide_core.probe.image import (
@@ -37,6 +39,9 @@ from .model import NAME, DiffusersPredictor
 
 CFG = 4.0
 REPEATS, OWN_REPEATS = 1, 8
+
+TOGETHER = 8
+"""Prompts that are denoised in one batch."""
 
 
 @torch.no_grad()
@@ -63,12 +68,21 @@ def calibrate(
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def probe(
-        prompt: str, repeats: int, adapters: Sequence[int]
-    ) -> Iterator[tuple[float, dict[int, dict[str, Tensor]]]]:
-        noise = torch.randn((repeats, *shape), generator=generator).to(device)
-        for sigma, values in _probed(denoiser, prompt, prompts.own, noise):
-            yield sigma, dict.fromkeys(adapters, values)
+    def probe(asked: Sequence[Asked[str]]) -> Iterator[Probed]:
+        for start in range(0, len(asked), TOGETHER):
+            batch = asked[start : start + TOGETHER]
+            counts = [one.repeats for one in batch]
+            noise = torch.cat([torch.randn((count, *shape), generator=generator) for count in counts]).to(device)
+            texts = [one.prompt for one in batch for _ in range(one.repeats)]
+            found = [
+                (sigma, {name: value.split(counts) for name, value in values.items()})
+                for sigma, values in _probed(denoiser, texts, prompts.own, noise)
+            ]
+            for i, one in enumerate(batch):
+                yield [
+                    (sigma, {index: {name: value[i] for name, value in values.items()} for index in one.adapters})
+                    for sigma, values in found
+                ]
 
     levels = calibrated_levels(
         [prompts], probe, repeats=REPEATS, own_repeats=OWN_REPEATS, minimum_others=MINIMUM_OTHERS
@@ -147,15 +161,17 @@ def calibrate_text(predictor: DiffusersPredictor, prompts: CalibrationPrompts[st
     return calibrated_text(text_map(layers, norms), own, concept, others)
 
 
-def _probed(denoiser: Denoiser, prompt: str, own: str, noise: Tensor) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Denoises a prompt with the base model; yields the statistics' values before each of `PROBED_STEPS`."""
+def _probed(
+    denoiser: Denoiser, texts: Sequence[str], own: str, noise: Tensor
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """Denoises prompts with the base model; yields the statistics' values, [B], before each of `PROBED_STEPS`."""
     timesteps, count = sampled_timesteps(STEPS)[: PROBED_STEPS[-1] + 1], len(noise)
-    visited = denoiser.rollout(noise, timesteps, 0.0, [prompt] * count, CFG).visited
+    visited = denoiser.rollout(noise, timesteps, 0.0, texts, CFG).visited
     at = Latents.joined([visited[step * count : (step + 1) * count] for step in PROBED_STEPS])
     with denoiser.predict.adapted():
         adapted = denoiser.eps(at.z, at.timesteps, at.prompts)
-    texts = [denoiser.neutral] * len(at) + [own] * len(at)
-    neutral, concept = denoiser.eps(at.z.repeat(2, 1, 1, 1), at.timesteps.repeat(2), texts).chunk(2)
+    references = [denoiser.neutral] * len(at) + [own] * len(at)
+    neutral, concept = denoiser.eps(at.z.repeat(2, 1, 1, 1), at.timesteps.repeat(2), references).chunk(2)
     values = {"influence": influence(at.eps, adapted), "alignment": alignment(at.eps, neutral, concept)}
     for i, step in enumerate(PROBED_STEPS):
         rows = slice(i * count, (i + 1) * count)

@@ -15,7 +15,7 @@ from dev.workspace import PACK
 WORKERS = 2  # each starts servers and loads models of its own
 SLOWEST = 15
 SUMMARY = "run the test suite in a real ComfyUI, or with --quick the cheap part of it (arguments go to pytest)"
-EXTRA = "any other arguments are pytest's (-k golden -s, tests/host); tests/browser runs only where it is named"
+EXTRA = "any other arguments are pytest's (-k golden -s, tests/host)"
 # not `python -m pytest`: that puts the pack's folder first on the path, where nodes/ hides ComfyUI's nodes.py
 MODULES = (
     *("pytest", "xdist", "hypothesis", "diffusers", "peft", "ray", "nudenet", "torchmetrics", "matplotlib"),
@@ -37,14 +37,11 @@ def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> 
     options = ["--import-mode=importlib", f"--rootdir={PACK}", "-o", kept, f"--durations={SLOWEST}"]
     options += ["-m", "not slow"] if arguments.quick else []
     environment = test_environment(host)
-    named = any(part.startswith(BROWSER) for part in extra)
-    if not named:
-        options.append(f"--ignore={BROWSER}")
-    else:
+    if not arguments.quick and (not extra or any(part.startswith(BROWSER) for part in extra)):
         found = browser.find_or_install(cache.home() / "logs" / "apt-get.log", progress)
         environment |= {} if found is None else {browser.VARIABLE: found}
     if not extra:
-        options += [f"--numprocesses={WORKERS}", "--dist=loadfile"]
+        options += [f"--numprocesses={WORKERS}", "--dist=loadfile", "--no-loadscope-reorder"]
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
     return run_child([str(host.python), "-c", START, *options, *extra], PACK, environment)
 

@@ -131,13 +131,16 @@ class Probe:
     def __init__(self, **strength: float):
         self.strength, self.calls = strength, []
 
-    def __call__(self, prompt, repeats, adapters):
-        self.calls.append((prompt, repeats, adapters))
-        text = prompt if isinstance(prompt, str) else prompt[0]
-        for sigma in SIGMAS:
-            noise = torch.arange(repeats) * 0.01
-            values = self.strength.get(text, 0.1) * sigma + noise
-            yield sigma, dict.fromkeys(adapters, dict.fromkeys(("influence", "alignment"), values))
+    def __call__(self, asked):
+        for one in asked:
+            self.calls.append((one.prompt, one.repeats, one.adapters))
+            text = one.prompt if isinstance(one.prompt, str) else one.prompt[0]
+            noise = torch.arange(one.repeats) * 0.01
+            values = {sigma: self.strength.get(text, 0.1) * sigma + noise for sigma in SIGMAS}
+            yield [
+                (sigma, dict.fromkeys(one.adapters, dict.fromkeys(("influence", "alignment"), value)))
+                for sigma, value in values.items()
+            ]
 
 
 def test_calibrating_probes_each_prompt_once_for_all_adapters_that_ask_for_it():

@@ -6,7 +6,7 @@ may probe. What follows from the scores is in `unguide_core.probe.calibration`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -19,8 +19,10 @@ import torch
 from ...unguide_core.probe.calibration import (
     PROBED_STEPS,
     STEPS,
+    Asked,
     Calibration,
     CalibrationPrompts,
+    Probed,
     calibrated_levels,
 )
 from ...unguide_core.probe.image import ImageProbe
@@ -31,6 +33,7 @@ from ..lora.load import Conditioning, ErasureLora, encoder
 from ..lora.match import match
 from ..model.key import matches_model, model_key
 from ..model.task import run_on_model
+from .batch import alike, batches, joined
 from .conds import Context
 from .image import fitted_probes
 from .predictions import Predictions
@@ -38,6 +41,9 @@ from .rollout import noise_at, rollout, schedule
 from .text import reads_text_alone, text_calibration
 
 Result = TypeVar("Result")
+
+Statistics = dict[int, dict[str, torch.Tensor]]
+"""Values of the statistics, [B], by name, by adapter (an index)."""
 
 Shown = Callable[[int, int], None]
 """Called with the number of things done and their total; raises where the user stops it."""
@@ -271,22 +277,24 @@ class _Prober:
     shape: tuple[int, ...]
     seed: int
 
-    def __call__(
-        self, prompt: Conditioning, repeats: int, adapters: Sequence[int]
-    ) -> Iterator[tuple[float, Mapping[int, Mapping[str, torch.Tensor]]]]:
-        context, sigmas = self.context, schedule(self.context, STEPS)
-        one = torch.zeros(1, *self.shape, device=context.device)
-        entries = context.retargeted(context.prompt[0], prompt, one, self.seed)
-        latent, start = noise_at(context, float(sigmas[0]), (repeats, *self.shape), self.seed), 0
+    def __call__(self, asked: Sequence[Asked[Conditioning]]) -> Iterator[Probed]:
+        for batch in batches(asked, lambda one: one.repeats, _together):
+            counts, found = [one.repeats for one in batch], list(self._probed(batch))
+            for place in range(len(batch)):
+                yield [(sigma, _rows(values, counts, place)) for sigma, values in found]
+
+    def _probed(self, batch: Sequence[Asked[Conditioning]]) -> Iterator[tuple[float, Statistics]]:
+        """All rows of a batch, before each of `PROBED_STEPS`. Every prompt starts from the same noise."""
+        context, sigmas, start = self.context, schedule(self.context, STEPS), 0
+        starts = [noise_at(context, float(sigmas[0]), (one.repeats, *self.shape), self.seed) for one in batch]
+        latent, text = torch.cat(starts), joined([(one.prompt, one.repeats) for one in batch])
+        entries = context.retargeted(context.prompt[0], text, latent, self.seed)
         for step in PROBED_STEPS:
             latent = rollout(context, latent, sigmas[start : step + 1], entries, self.seed)
-            start = step
-            sigma = float(sigmas[step])
-            yield sigma, self._statistics(Predictions(context, latent, sigma), entries[0], adapters)
+            start, sigma = step, float(sigmas[step])
+            yield sigma, self._statistics(Predictions(context, latent, sigma), entries[0], batch[0].adapters)
 
-    def _statistics(
-        self, predictions: Predictions, entry: dict[str, Any], adapters: Sequence[int]
-    ) -> dict[int, dict[str, torch.Tensor]]:
+    def _statistics(self, predictions: Predictions, entry: dict[str, Any], adapters: Sequence[int]) -> Statistics:
         subject, wanted, references = predictions.prompt(entry), [], {}
         for index in adapters:
             lora = self.context.run.loras[index]
@@ -302,3 +310,16 @@ class _Prober:
             }
             for index in adapters
         }
+
+
+def _together(one: Asked[Conditioning], other: Asked[Conditioning]) -> bool:
+    """Whether two prompts can be probed in one batch."""
+    return one.adapters == other.adapters and alike(one.prompt, other.prompt)
+
+
+def _rows(values: Statistics, counts: Sequence[int], place: int) -> Statistics:
+    """The values of one prompt of a batch, of which each prompt has so many rows."""
+    return {
+        index: {statistic: value.split(counts)[place] for statistic, value in of_adapter.items()}
+        for index, of_adapter in values.items()
+    }

@@ -23,11 +23,9 @@ from ...unguide_core.probe.image import (
 )
 from ..blend.features import is_readable
 from ..lora.load import Conditioning
+from .batch import alike, batches, joined
 from .conds import Context, Entry, is_everywhere, same_text
 from .rollout import noise_at, rollout, schedule
-
-BATCH = 8
-"""Images that a probe is fitted to are generated in batches of at least so many, prompts permitting."""
 
 
 def row_of(conds: Sequence[Sequence[Entry] | None], neutral: Conditioning) -> int | None:
@@ -115,45 +113,18 @@ def _features(
 
     Prompts of one shape are generated in one batch; each has noise of its own, which does not depend on the batch.
     """
-    sigmas, features, batch = schedule(context, STEPS), [], []
-    for number, (conditioning, count) in enumerate(wanted, start=1):
-        batch.append((conditioning, count, (seed + number) % 2**63))
-        following = wanted[number][0] if number < len(wanted) else None
-        if following is not None and sum(count for _, count, _ in batch) < BATCH and _alike(conditioning, following):
-            continue
-        joined = _joined([(one, count) for one, count, _ in batch])
-        latent = torch.cat([noise_at(context, float(sigmas[0]), (n, *shape), own) for _, n, own in batch])
-        entries = context.retargeted(context.prompt[0], joined, latent, seed)
-        images = rollout(context, latent, sigmas, entries, seed)
-        noise = torch.cat([_unit_noise(own, shape).expand(n, *shape) for _, n, own in batch])
+    sigmas, features = schedule(context, STEPS), []
+    asked = [(conditioning, count, (seed + number) % 2**63) for number, (conditioning, count) in enumerate(wanted, 1)]
+    for batch in batches(asked, lambda one: one[1], lambda one, other: alike(one[0], other[0])):
+        latent = torch.cat([noise_at(context, float(sigmas[0]), (count, *shape), own) for _, count, own in batch])
+        text = joined([(conditioning, count) for conditioning, count, _ in batch])
+        images = rollout(context, latent, sigmas, context.retargeted(context.prompt[0], text, latent, seed), seed)
+        noise = torch.cat([_unit_noise(own, shape).expand(count, *shape) for _, count, own in batch])
         found = read_images(context, neutral, images, seed, noise).cpu()
-        features += found.split([count for _, count, _ in batch])
-        batch = []
-        on_prompt(number, len(wanted))
+        for features_of_prompt in found.split([count for _, count, _ in batch]):
+            features.append(features_of_prompt)
+            on_prompt(len(features), len(asked))
     return features
-
-
-def _alike(one: Conditioning, other: Conditioning) -> bool:
-    """Whether two encoded prompts can be rows of one batch: a single entry each, of the same shapes and options."""
-    if len(one) != 1 or len(other) != 1:
-        return False
-    (text, options), (second, others) = one[0], other[0]
-    if set(options) - {"pooled_output"} or set(options) != set(others) or text.shape != second.shape:
-        return False
-    pooled, pooled_too = options.get("pooled_output"), others.get("pooled_output")
-    return (pooled is None) == (pooled_too is None) and (pooled is None or pooled.shape == pooled_too.shape)
-
-
-def _joined(prompts: Sequence[tuple[Conditioning, int]]) -> Conditioning:
-    """Encoded prompts as one batch, each in so many rows."""
-    if len(prompts) == 1:
-        return prompts[0][0]
-    entries = [(conditioning[0], count) for conditioning, count in prompts]
-    text = torch.cat([text.expand(count, *text.shape[1:]) for (text, _), count in entries])
-    pooled = [(options.get("pooled_output"), count) for (_, options), count in entries]
-    if pooled[0][0] is None:
-        return [[text, {}]]
-    return [[text, {"pooled_output": torch.cat([row.expand(count, *row.shape[1:]) for row, count in pooled])}]]
 
 
 def _unit_noise(seed: int, shape: Sequence[int]) -> torch.Tensor:

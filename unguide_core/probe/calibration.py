@@ -40,10 +40,23 @@ UNCALIBRATED = {"influence": 0.68, "alignment": 0.5}
 
 P = TypeVar("P")
 
-Probe = Callable[[P, int, Sequence[int]], Iterator[tuple[float, Mapping[int, Mapping[str, Tensor]]]]]
-"""probe(prompt, repeats, adapters) denoises a prompt with the base model from `repeats` noise seeds. Before each of
-`PROBED_STEPS` it yields the noise level and the values of the `CALIBRATED` statistics, [repeats], by statistic, by
-adapter (an index)."""
+
+@dataclass(frozen=True)
+class Asked(Generic[P]):
+    """A prompt to probe, from how many noise seeds, and for which adapters (indices)."""
+
+    prompt: P
+    repeats: int
+    adapters: tuple[int, ...]
+
+
+Probed = Sequence[tuple[float, Mapping[int, Mapping[str, Tensor]]]]
+"""Of one prompt, before each of `PROBED_STEPS`: the noise level, and the values of the `CALIBRATED` statistics,
+[repeats], by statistic, by adapter."""
+
+Probe = Callable[[Sequence[Asked[P]]], Iterator[Probed]]
+"""Denoises prompts with the base model, and probes them on the way. It may denoise several in one batch, and yields
+what it found for each in turn."""
 
 
 @dataclass(frozen=True)
@@ -222,16 +235,20 @@ def calibrated_levels(
             f"calibration got {repeats} repeats per prompt and {own_repeats} of the concept's own; expected at least "
             "1 and 2"
         )
-    asked = _asked(prompts, minimum_others)
+    groups = _groups(prompts, minimum_others)
+    asked = [
+        Asked(prompt, max(repeats if group else own_repeats for group in of.values()), tuple(of))
+        for prompt, of in groups
+    ]
     values: defaultdict[tuple[int, str, int, int], list[float]] = defaultdict(list)
     sigmas: dict[int, float] = {}
-    for done, (prompt, groups) in enumerate(asked.values(), start=1):
-        count = {index: repeats if group else own_repeats for index, group in groups.items()}
-        for place, (sigma, measured) in enumerate(probe(prompt, max(count.values()), tuple(groups))):
+    for done, ((_, of), probed) in enumerate(zip(groups, probe(asked), strict=True), start=1):
+        for place, (sigma, measured) in enumerate(probed):
             sigmas[place] = sigma
-            for index, group in groups.items():
+            for index, group in of.items():
+                count = repeats if group else own_repeats
                 for statistic in CALIBRATED:
-                    values[index, statistic, place, group] += measured[index][statistic][: count[index]].tolist()
+                    values[index, statistic, place, group] += measured[index][statistic][:count].tolist()
         if on_prompt is not None:
             on_prompt(done, len(asked))
 
@@ -248,7 +265,7 @@ def calibrated_levels(
     ]
 
 
-def _asked(prompts: Sequence[CalibrationPrompts[P]], minimum_others: int) -> dict[Hashable, tuple[P, dict[int, int]]]:
+def _groups(prompts: Sequence[CalibrationPrompts[P]], minimum_others: int) -> list[tuple[P, dict[int, int]]]:
     """Each prompt once, with its group (0 own, 1 concept, 2 others) for each adapter that asks for it."""
     asked: dict[Hashable, tuple[P, dict[int, int]]] = {}
     for index, of_adapter in enumerate(prompts):
@@ -261,7 +278,7 @@ def _asked(prompts: Sequence[CalibrationPrompts[P]], minimum_others: int) -> dic
             for prompt in members:
                 key = prompt if isinstance(prompt, Hashable) else id(prompt)  # an encoded prompt is a list
                 asked.setdefault(key, (prompt, {}))[1].setdefault(index, group)
-    return asked
+    return list(asked.values())
 
 
 def _level(content: Mapping[str, Any]) -> Level:
