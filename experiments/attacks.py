@@ -1,8 +1,9 @@
 """Ways around an erasure: prompts that hide the concept, optimised embeddings, start images, inverted noise.
 
 Each attack is a list of trials; a trial is what a sampler is given. Embeddings are optimised on the narrow UNet, as in
-textual inversion (arXiv 2208.01618): against the base model, and against the model with the erasure LoRA. It knows
-neither methods nor scores.
+textual inversion (arXiv 2208.01618): against the base model, and against the model with the erasure LoRA. Words are
+searched for likewise, by gradients at the nearest words (arXiv 2302.03668), as an attacker does who can only type. It
+knows neither methods nor scores.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from unguide_core.probe.calibration import Calibration
 from unguide_core.probe.text import text_map, text_norms, text_scores
 
 EMBEDDING_STEPS, EMBEDDING_BATCH, EMBEDDING_RATE = 150, 8, 0.02
+FOUND_WORDS = 3
 EVASION = 1.0
 """Weight of the text stage's scores above their lower thresholds in the loss of text that evades it."""
 DENOISE = (0.5, 0.75)
@@ -55,6 +57,8 @@ def attacks(studio: Studio, concept: str, latents: Any, kind: str) -> Iterator[t
         yield name, [Trial(prompt, studio.encode(prompt)) for prompt in prompts]
     yield "word optimised on base", [Trial("a photo of the *", optimised(concept, latents))]
     lora = studio.lora(kind, concept)
+    found = optimised(concept, latents, lora, words=FOUND_WORDS)
+    yield "words found on the LoRA", [Trial(f"a photo of the{FOUND_WORDS * ' *'}", found)]
     yield "text optimised on the LoRA", [Trial("(text states)", optimised(concept, latents, lora))]
     evading = optimised(concept, latents, lora, evading=True)
     yield "text optimised on the LoRA and the text stage", [Trial("(text states)", evading)]
@@ -96,29 +100,37 @@ def hidden(concept: str) -> dict[str, list[str]]:
     }
 
 
-def optimised(concept: str, latents: Any, lora: Any = None, evading: bool = False) -> Any:
+def optimised(concept: str, latents: Any, lora: Any = None, evading: bool = False, words: int = 0) -> Any:
     """Return a CONDITIONING learnt from images of the concept.
 
     Args:
         lora: learn all text states on the model with this erasure LoRA, starting from the concept's own prompt's; None
             learns the embedding of one word on the base model, starting from the mean of all words.
         evading: learn to stay below the lower thresholds of the LoRA's text stage as well, of its score and its norm.
+        words: learn so many words of the vocabulary in place of text states, starting from random ones.
     """
     with torch.inference_mode(False):
         narrow, layers = plain_narrow_model(), {} if lora is None else _trainable(lora)
-        images, tokens = latents.clone() * VAE_SCALE, narrow.tokenizer([photo(concept)])
-        if lora is None:
-            place = int((tokens[0] == narrow.tokenizer([concept])[0, 1]).nonzero()[0, 0])
-            learnt = narrow.text.token_embedding.detach().mean(dim=0).clone().requires_grad_()
+        generator = torch.Generator().manual_seed(0)
+        known = narrow.text.token_embedding.detach()
+        images = latents.clone() * VAE_SCALE
+        tokens = narrow.tokenizer([photo(" ".join([concept] * max(1, words)))])
+        place = int((tokens[0] == narrow.tokenizer([concept])[0, 1]).nonzero()[0, 0])
+        if words:
+            learnt = known[torch.randint(len(known), (words,), generator=generator)].clone().requires_grad_()
+        elif lora is None:
+            learnt = known.mean(dim=0, keepdim=True).clone().requires_grad_()
         else:
             learnt = narrow.text(tokens).detach().clone().requires_grad_()
 
         def states() -> Any:
-            return learnt if lora is not None else _with_word(narrow.text, tokens, place, learnt)
+            if words:
+                nearest = known[torch.cdist(learnt, known).argmin(dim=1)]
+                return _with_words(narrow.text, tokens, place, learnt + (nearest - learnt).detach())
+            return learnt if lora is not None else _with_words(narrow.text, tokens, place, learnt)
 
         excess = _excess(narrow, lora, layers) if evading else None
         optimiser = torch.optim.Adam([learnt], lr=EMBEDDING_RATE)
-        generator = torch.Generator().manual_seed(0)
         rows = torch.zeros(EMBEDDING_BATCH, dtype=torch.long)
         for _ in range(EMBEDDING_STEPS):
             text = states()
@@ -182,11 +194,11 @@ def _trainable(lora: Any) -> dict[str, Any]:
     return {name: replace(layer, down=layer.down.clone(), up=layer.up.clone()) for name, layer in layers.items()}
 
 
-def _with_word(text: Any, tokens: Any, place: int, word: Any) -> Any:
-    """The text states [1, 77, 768] of tokens with an embedding in place of one."""
+def _with_words(text: Any, tokens: Any, place: int, words: Any) -> Any:
+    """The text states [1, 77, 768] of tokens with embeddings in place of some, from one place on."""
     table = torch.cat([text.token_embedding.new_zeros(1, text.token_embedding.shape[1]), text.token_embedding])
     x = table[text.rows[tokens]]
-    x = torch.cat([x[:, :place], word[None, None], x[:, place + 1 :]], dim=1) + text.position_embedding
+    x = torch.cat([x[:, :place], words[None], x[:, place + len(words) :]], dim=1) + text.position_embedding
     for layer in text.layers:
         x = layer(x)
     return text.final_layer_norm(x)

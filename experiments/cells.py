@@ -17,17 +17,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from demo.captions import CLASSES, photo, words_for
+from demo.captions import CLASSES, REFERENCES, SYNONYMS, photo, words_for
 from demo.erasure import LORAS
 from demo.seed import SEED_PATH
 from dev.cache import digest, file_digest
 from experiments.attacks import Trial, attacks
 from experiments.methods import alone, gate, gated, methods
-from experiments.studio import CLOSED_FORM, PROBE_STEPS, STEPS, Asked, Generated, Studio, asked, studio
+from experiments.scenes import scene_prompts
+from experiments.studio import (
+    CLOSED_FORM,
+    PRESET,
+    PROBE_STEPS,
+    STEPS,
+    Asked,
+    Generated,
+    Studio,
+    asked,
+    asked_in_scenes,
+    studio,
+)
+from experiments.training import InTheGraph, erasure_lora
 from unguide_bench.scores import BASE, ERASED, OTHER, JudgedImage, read_images, write_images, write_whole
+from unguide_core.formats import load_adapter, save_adapter
 
 TIMINGS, TIMES = "timings.json", 5
 ATTACKS, ATTACK_SEEDS = "attacks", 8
+FEW_STEPS, FEW, FEW_SEEDS = "few steps", (1, 2, 4, 8), 8
+FEW_SETS = ("selective", PRESET, CLOSED_FORM)
+TRAINING_SEED = 1717
+"""Of the set that is trained; no other experiment trains with it."""
 RECHECK_EVERY = 3
 """Steps between the probes of a gate that re-probes."""
 REPROBING = f"{gated('selective')}, re-probing"
@@ -51,6 +69,10 @@ class Plan:
         """Return where the judged images of a cell are."""
         return self.folder / "cells" / f"{concept} - {method}.jsonl"
 
+    def trained(self, concept: str) -> Path:
+        """Return where the adapter is that is trained as a user would train it."""
+        return self.folder / "trained" / f"{concept}.safetensors"
+
     def claim(self) -> None:
         """Make the folder, or check that its files are of this plan.
 
@@ -63,7 +85,8 @@ class Plan:
                 f"'{self.folder}' holds images of another run ({settings.read_text().strip()}); remove it, or name "
                 "another folder with --out"
             )
-        (self.folder / "cells").mkdir(parents=True, exist_ok=True)
+        for name in ("cells", "trained"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         settings.write_text(json.dumps(wanted) + "\n")
 
 
@@ -73,15 +96,29 @@ def models_digest() -> str:
     return digest([[path.name, file_digest(path)] for path in files])
 
 
+def train(plan: Plan, concept: str) -> None:
+    """Train a concept as a user would, by the node with its defaults, and write the adapter."""
+    trained = InTheGraph(studio(), TRAINING_SEED).lora(concept, REFERENCES[concept], SYNONYMS[concept])
+    save_adapter(trained.adapter, plan.trained(concept))
+
+
+def _studio(plan: Plan, concept: str) -> Studio:
+    """This process's studio, which knows the concept's trained adapter where there is one."""
+    at = studio()
+    if plan.trained(concept).exists():
+        at.add(PRESET, concept, erasure_lora(at, concept, load_adapter(plan.trained(concept))))
+    return at
+
+
 def generate_base(plan: Plan, klass: str) -> None:
-    """Generate and write the base model's latents and images of a class, by its name and synonyms."""
+    """Generate and write the base model's latents and images of a class: its name, synonyms, and in scenes."""
     studio_ = studio()
     arrays: dict[str, Any] = {}
     with torch.inference_mode():
         generate = methods()[BASE]
-        for word in words_for(klass):
-            latents = generate(studio_, klass, photo(word), plan.seeds).latents
-            arrays |= {f"{photo(word)} latents": latents.numpy(), photo(word): studio_.images(latents)}
+        for prompt in (*map(photo, words_for(klass)), *scene_prompts(klass)):
+            latents = generate(studio_, klass, prompt, plan.seeds).latents
+            arrays |= {f"{prompt} latents": latents.numpy(), prompt: studio_.images(latents)}
     _write(_base_file(plan, klass), arrays)
 
 
@@ -93,10 +130,10 @@ def base_images(plan: Plan, klass: str) -> dict[str, Any]:
 
 def generate_cell(plan: Plan, method: str, concept: str) -> None:
     """Generate, judge and write one method's images of one concept."""
-    studio_, records, first = studio(), [], {}
+    studio_, records, first = _studio(plan, concept), [], {}
     generate = methods()[method]
     with torch.inference_mode():
-        for one in asked(concept, plan.concepts):
+        for one in (*asked(concept, plan.concepts), *asked_in_scenes(concept)):
             known = base_images(plan, one.label)
             base = known[f"{one.prompt} latents"], known[one.prompt]
             if method == BASE:
@@ -131,6 +168,28 @@ def generate_attacks(plan: Plan, concept: str) -> None:
                         generated = studio_.guided(lora, trial.positive, seeds, settings, **trial.options)
                         records += _attacked(studio_, method, concept, attack, trial, seeds, generated)
     write_images(records, plan.file(ATTACKS, concept))
+
+
+def generate_few_steps(plan: Plan, concept: str) -> None:
+    """Generate, judge and write a concept's images of few steps, behind the gates of several sets.
+
+    A record's kind is the number of steps.
+    """
+    studio_, records = _studio(plan, concept), []
+    seeds = plan.seeds[:FEW_SEEDS]
+    own = [one for one in asked(concept) if one.kind != OTHER]
+    batch = studio_.batch([one.prompt for one in own], seeds)
+    with torch.inference_mode():
+        for steps in FEW:
+            kind = f"{steps} step{'s' * (steps > 1)}"
+            runs = {BASE: studio_.generate(studio_.model, **batch, steps=steps)}
+            for of in FEW_SETS:
+                lora = studio_.lora(of, concept)
+                runs[gated(of)] = studio_.guided(lora, settings=studio_.settings(), **batch, steps=steps)
+            for method, generated in runs.items():
+                renamed = [replace(one, kind=kind) for one in own]
+                records += studio_.judge(method, concept, renamed, seeds, generated)[0]
+    write_images(records, plan.file(FEW_STEPS, concept))
 
 
 def gates(studio_: Studio, kind: str) -> dict[str, Any]:
@@ -181,7 +240,7 @@ def time_methods(plan: Plan, chosen: Sequence[str], concept: str, other: str) ->
             for method in chosen:
                 for kind, prompt in prompts.items():
                     started = time.perf_counter()
-                    known_methods[method](studio(), concept, prompt, plan.seeds[:1])
+                    known_methods[method](_studio(plan, concept), concept, prompt, plan.seeds[:1])
                     times[method][kind] = min(times[method][kind], time.perf_counter() - started)
     path.write_text(json.dumps(times, indent=1) + "\n")
 

@@ -14,19 +14,22 @@ import torch
 
 from demo.captions import CLASSES, photo
 from experiments import cells
-from experiments.cells import ATTACKS, Plan
+from experiments.cells import ATTACKS, FEW_STEPS, Plan
 from experiments.methods import NEGATIVE, REPLACED, SETS, alone, gate, gated, methods
 from experiments.runner import keep, publish, results, workers
-from experiments.studio import Studio, studio
+from experiments.studio import CLOSED_FORM, PRESET, Studio, studio
 from unguide_bench.report import Report, write_report
-from unguide_bench.scores import BASE, JudgedImage, as_json
+from unguide_bench.scores import BASE, JudgedImage, as_json, shares_by_kind
 
-FIRST_SEED = 500_000
-"""Seeds from here on served neither for training nor for calibration, but had a part in choosing two references."""
-SEEDS, QUICK_SEEDS = 20, 3
+FIRST_SEED = 600_000
+"""Seeds from here on serve no other measurement, no choice, no training and no calibration."""
+SEEDS, QUICK_SEEDS = 10, 3
 ATTACKED = 4
 """So many of the concepts are attacked: an attack takes longer than all other images of a concept and method."""
-QUICK = (BASE, NEGATIVE, REPLACED, alone("selective", 1.0), *(gated(kind) for kind in SETS))
+QUICK = (
+    *(BASE, NEGATIVE, REPLACED, alone("selective", 1.0)),
+    *(gated(kind) for kind in (*SETS, PRESET, CLOSED_FORM)),
+)
 COMPARED_SEEDS = (1, 2)
 
 
@@ -41,17 +44,38 @@ def run(options: Namespace) -> None:
     attacked = [] if options.quick or options.method else list(options.concept)[:ATTACKED]
     try:
         plan.claim()
-        report = measured(plan, list(dict.fromkeys([BASE, *chosen])), options.concept, attacked, options.jobs)
+        report = measured(
+            plan, list(dict.fromkeys([BASE, *chosen])), options.concept, attacked, options.jobs, few=not options.method
+        )
     except ValueError as error:
         sys.exit(f"error: {error}")
     publish(write_report(report, plan.folder), options.markdown, "benchmark")
     print(f"\nThe whole report: {plan.folder / 'report.html'}")
-    keep(options.json, {"seeds": seeds, "agreement": report.agreement, "methods": as_json(report.images)})
+    content = {"seeds": seeds, "agreement": report.agreement, "methods": as_json(report.images)}
+    keep(options.json, {**content, "few_steps": _named(report.few_steps), "attacks": _named(report.attacks)})
 
 
-def measured(plan: Plan, chosen: Sequence[str], concepts: Sequence[str], attacked: Sequence[str], jobs: int) -> Report:
-    """Generate what is not there yet, and return everything that was judged."""
+def _named(images: Sequence[JudgedImage]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Percent shown and detected, by kind of prompt and method."""
+    return {
+        kind: {method: {"shown": shown, "detected": detected} for method, (shown, detected) in of_kind.items()}
+        for kind, of_kind in shares_by_kind(images).items()
+    }
+
+
+def measured(
+    plan: Plan, chosen: Sequence[str], concepts: Sequence[str], attacked: Sequence[str], jobs: int, few: bool = False
+) -> Report:
+    """Generate what is not there yet, and return everything that was judged.
+
+    Args:
+        few: whether images of few steps are part of it.
+    """
+    trained = few or any(f"({PRESET})" in method for method in chosen)
     with workers(jobs) as pool:
+        waiting = [c for c in concepts if trained and not plan.trained(c).exists()]
+        for _ in results("training", {c: pool.submit(cells.train, plan, c) for c in waiting}):
+            pass
         waiting = [klass for klass in plan.concepts if not cells.base_done(plan, klass)]
         base = {klass: pool.submit(cells.generate_base, plan, klass) for klass in waiting}
         for _ in results("the base model", base):
@@ -61,6 +85,8 @@ def measured(plan: Plan, chosen: Sequence[str], concepts: Sequence[str], attacke
         tasks = {(m, c): pool.submit(cells.generate_cell, plan, m, c) for m, c in left}
         waiting = [c for c in attacked if not plan.file(ATTACKS, c).exists()]
         tasks |= {(ATTACKS, c): pool.submit(cells.generate_attacks, plan, c) for c in waiting}
+        waiting = [c for c in concepts if few and not plan.file(FEW_STEPS, c).exists()]
+        tasks |= {(FEW_STEPS, c): pool.submit(cells.generate_few_steps, plan, c) for c in waiting}
         for _ in results("methods and concepts", tasks):
             pass
         agreed = compared.result()
@@ -72,6 +98,7 @@ def measured(plan: Plan, chosen: Sequence[str], concepts: Sequence[str], attacke
     return Report(
         images=done(chosen, concepts),
         attacks=done([ATTACKS], attacked),
+        few_steps=done([FEW_STEPS], concepts if few else ()),
         agreement=agreed,
         grids=lambda concept, method: cells.first_images(plan, method, concept),
     )

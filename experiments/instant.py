@@ -17,26 +17,20 @@ from functools import lru_cache, partial
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 
-from demo.captions import CLASSES, SCENES, SYNONYMS, photo, placed, words_for
+from demo.captions import CLASSES, SCENES, SYNONYMS, photo, words_for
 from dev.pack import pack_module
 from experiments import start
 from experiments.runner import keep, publish, results, workers
-from experiments.studio import CLOSED_FORM, STEPS, Asked, Generated, Studio, studio
-from unguide_bench.scores import ERASED, OTHER, SYNONYM, JudgedImage, percent, shown
+from experiments.studio import CLOSED_FORM, STEPS, Asked, Generated, asked_in_scenes, studio
+from unguide_bench.scores import ERASED, OTHER, SCENE, SYNONYM, JudgedImage, percent, shown
 from unguide_bench.tables import markdown
 
 FIRST_SEED = 900_000
 """Seeds from here on serve no other measurement, no training and no calibration."""
-SCENE_SEEDS = 32
-"""Images of each plain scene that the judge of scenes learns from, with seeds of their own."""
-CELL = 8
 HELD_OUT = f"{CLOSED_FORM}, held out"
 TRAINED = ("selective", "paper")
-IN_SCENES = "in scenes"
-"""The kind of prompt that places the concept in a scene."""
 JOINT = (5, 9)
 """So many concepts share one adapter."""
 COLUMNS = ("acc_e", "acc_g", "scenes", "acc_s", "scene_kept", "detected", "false_positives", "differing")
@@ -75,14 +69,8 @@ def asked(concept: str, held_out: bool) -> list[Asked]:
     seen = known(concept) if held_out else Known((), (), ())
     synonyms = [Asked(photo(word), SYNONYM, concept) for word in SYNONYMS[concept] if word not in seen.synonyms]
     others = [Asked(photo(other), OTHER, other) for other in CLASSES if other not in (concept, *seen.others)]
-    inside = [Asked(prompt, IN_SCENES, concept) for prompt in scenes_of(concept, held_out)]
+    inside = [one for one in asked_in_scenes(concept) if one.scene not in seen.scenes]
     return [Asked(photo(concept), ERASED, concept), *synonyms, *inside, *others]
-
-
-def scenes_of(concept: str, held_out: bool) -> dict[str, str]:
-    """Return the scenes by the prompts that place the concept in them."""
-    scenes = [scene for scene in SCENES if not (held_out and scene in known(concept).scenes)]
-    return {placed(words_for(concept)[i % 4], scene): scene for i, scene in enumerate(scenes)}
 
 
 @dataclass(frozen=True)
@@ -134,35 +122,6 @@ def kept_of(half: Known) -> tuple[str, ...]:
 # ---------------------------------------------------------------- images
 
 
-class SceneJudge:
-    """Names the scene of an image from its border: the nearest mean of the base model's images of plain scenes."""
-
-    def __init__(self, at: Studio):
-        seeds = range(FIRST_SEED + 50_000, FIRST_SEED + 50_000 + SCENE_SEEDS)
-        made = {scene: at.generate(at.model, at.encode(photo(scene)), seeds) for scene in SCENES}
-        self.means = {scene: border(at.images(one.latents)).mean(0) for scene, one in made.items()}
-
-    def __call__(self, images: Any) -> list[str]:
-        """Return the scene of each image, uint8 [B, 64, 64, 3]."""
-        return [
-            min(self.means, key=lambda scene: float(((one - self.means[scene]) ** 2).sum())) for one in border(images)
-        ]
-
-
-def border(images: Any) -> Any:
-    """Return the mean colours of the cells along each image's border, [B, 28 * 3]."""
-    count, size = len(images), images.shape[1] // CELL
-    cells = images.reshape(count, CELL, size, CELL, size, 3).mean(axis=(2, 4)) / 255.0
-    edge = np.ones((CELL, CELL), dtype=bool)
-    edge[1:-1, 1:-1] = False
-    return cells[:, edge].reshape(count, -1)
-
-
-@lru_cache(maxsize=1)
-def scene_judge() -> SceneJudge:
-    return SceneJudge(studio())
-
-
 Generate = Callable[..., Generated]
 """Generates from a CONDITIONING and seeds, as `Studio.generate` does without its first argument."""
 
@@ -207,10 +166,8 @@ def row(kind: str, concept: str, seeds: tuple[int, ...], generate: Generate | No
     names = tuple(one.prompt for one in prompts)
     base = base_images(names, seeds)
     made = generate(**at.batch(names, seeds)) if generate else Generated(base[0], 2.0 * STEPS)
-    images, pixels = at.judge(kind, concept, prompts, seeds, made, base)
-    wanted, place = scenes_of(concept, held_out), scene_judge()
-    scenes = zip(images, place(base[1]), place(pixels), strict=True)
-    kept = [now == before for one, before, now in scenes if before == wanted.get(one.prompt)]
+    images, _ = at.judge(kind, concept, prompts, seeds, made, base)
+    kept = [one.scene_kept for one in images if one.scene_kept is not None]
     others = [one for one in images if one.kind == OTHER]
     own = [one for one in images if one.kind != OTHER]
     gated = bool(made.detected)
@@ -223,7 +180,7 @@ def row(kind: str, concept: str, seeds: tuple[int, ...], generate: Generate | No
         0 if lora is None else int(lora.adapter.card.settings.get("evaluations", -1)),
         acc_e=shown(images, ERASED),
         acc_g=shown(images, SYNONYM),
-        scenes=shown(images, IN_SCENES),
+        scenes=shown(images, SCENE),
         acc_s=shown(images, OTHER),
         scene_kept=percent(kept),
         differing=percent([not one.identical for one in others]),

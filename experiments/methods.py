@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from demo.captions import REFERENCES, photo
-from experiments.studio import CLOSED_FORM, PROBE_STEPS, STEPS, Generated, Studio
+from experiments.studio import CLOSED_FORM, PRESET, PROBE_STEPS, STEPS, Generated, Studio
 from unguide_bench.scores import BASE
 
 Method = Callable[[Studio, str, str, Sequence[int]], Generated]
@@ -44,7 +44,8 @@ def methods() -> dict[str, Method]:
     for kind in SETS:
         every |= {alone(kind, strength): _alone(kind, strength) for strength in STRENGTHS}
         every |= {gated(kind, decide): _gated(kind, decide=decide) for decide in reversed(DECIDE)}
-    every |= {alone(CLOSED_FORM, 1.0): _alone(CLOSED_FORM, 1.0), gated(CLOSED_FORM): _gated(CLOSED_FORM)}
+    for kind in (PRESET, CLOSED_FORM):
+        every |= {alone(kind, 1.0): _alone(kind, 1.0), gated(kind): _gated(kind)}
     every[RESTARTED] = _gated("selective", on_detection="restart")
     every[DOUBLED] = _gated("paper", 2.0)
     return every | {STRONGER: _gated("paper", weight_detected=-1.0)}

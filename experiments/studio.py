@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from demo.captions import CLASSES, SYNONYMS, photo, words_for
+from demo.captions import CLASSES, SCENES, SYNONYMS, photo, words_for
 from demo.classifier import judged
 from demo.networks import load_vae
 from demo.seed import VAE_SCALE
@@ -23,7 +23,8 @@ from demo.shapes import TEXT_LAYERS
 from dev.models import CHECKPOINT
 from dev.pack import pack_module, start_host
 from experiments.narrow import load_narrow_model, narrow_lora
-from unguide_bench.scores import ERASED, OTHER, SYNONYM, JudgedImage
+from experiments.scenes import SceneJudge, difference_along_border, scene_prompts
+from unguide_bench.scores import ERASED, OTHER, SCENE, SYNONYM, JudgedImage
 
 CFG, STEPS, SAMPLER, SCHEDULER = 4.0, 10, "euler", "normal"
 PROBE_STEPS = 1
@@ -31,6 +32,10 @@ PROBE_STEPS = 1
 LATENT = (4, 8, 8)
 CLOSED_FORM = "closed form"
 """The set of erasure LoRAs that are made in closed form, in no file."""
+PRESET = "preset"
+"""The set that an experiment trains, as a user would: by the node with its defaults; see `Studio.add`."""
+SCENE_SEEDS = range(950_000, 950_032)
+"""Of the images of each plain scene that the judge of scenes learns from."""
 
 
 @dataclass
@@ -93,17 +98,23 @@ class Generated:
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, its kind as seen from the erased concept (`unguide_bench.scores`), and the class that it asks for."""
+    """A prompt, its kind as seen from the erased concept (`unguide_bench.scores`), its class, and its scene if any."""
 
     prompt: str
     kind: str
     label: str
+    scene: str = ""
 
 
 def asked(concept: str, others: Sequence[str] = CLASSES) -> list[Asked]:
     """Return a concept's prompts: its name, its synonyms, the other classes' names."""
     own = [Asked(photo(word), SYNONYM if i else ERASED, concept) for i, word in enumerate(words_for(concept))]
     return own + [Asked(photo(other), OTHER, other) for other in others if other != concept]
+
+
+def asked_in_scenes(concept: str) -> list[Asked]:
+    """Return the prompts that place a concept in each scene."""
+    return [Asked(prompt, SCENE, concept, scene) for prompt, scene in scene_prompts(concept).items()]
 
 
 class Studio:
@@ -131,6 +142,12 @@ class Studio:
     def decoder(self) -> Any:
         return load_vae()[1]
 
+    @cached_property
+    def scene_judge(self) -> SceneJudge:
+        """The judge of scenes, which learns from the base model's images of plain ones."""
+        made = {scene: self.generate(self.model, self.encode(photo(scene)), SCENE_SEEDS) for scene in SCENES}
+        return SceneJudge({scene: self.images(one.latents) for scene, one in made.items()})
+
     def encode(self, prompt: str) -> Any:
         """Return a prompt's CONDITIONING."""
         if prompt not in self.encoded:
@@ -138,7 +155,7 @@ class Studio:
         return self.encoded[prompt]
 
     def lora(self, kind: str, concept: str, strength: float = 1.0) -> Any:
-        """Return an erasure LoRA of a set, for the studio's model; `CLOSED_FORM` ones are made here."""
+        """Return an erasure LoRA of a set, for the studio's model; `CLOSED_FORM` ones are made here, others added."""
         key = kind, concept, strength
         if kind == CLOSED_FORM and key not in self.loras:
             self.loras[key] = replace(self.closed_form(concept, SYNONYMS[concept]), strength=strength)
@@ -147,6 +164,10 @@ class Studio:
             lora = load(f"unguide-demo/{kind}/{concept}.safetensors", strength, self.clip)
             self.loras[key] = lora if self.wide else narrow_lora(lora, self.model)
         return self.loras[key]
+
+    def add(self, kind: str, concept: str, lora: Any) -> None:
+        """Make an erasure LoRA for the studio's model known to `lora`."""
+        self.loras[kind, concept, 1.0] = lora
 
     def closed_form(self, concept: str, synonyms: Sequence[str], **words: Any) -> Any:
         """Return an erasure LoRA as the node Erase Concept makes it, with its defaults.
@@ -280,6 +301,10 @@ class Studio:
         places = [(one, seed) for one in asked for seed in seeds]
         for i, ((one, seed), (seen, closest)) in enumerate(zip(places, judged(images), strict=True)):
             apart = None if base is None else np.abs(images[i].astype(int) - base[1][i].astype(int))
+            kept = None
+            if base is not None and one.scene:
+                now, before = self.scene_judge(np.stack([images[i], base[1][i]]))
+                kept = now == one.scene if before == one.scene else None
             records.append(
                 JudgedImage(
                     method,
@@ -298,6 +323,8 @@ class Studio:
                     closest,
                     generated.scores[i] if generated.scores else None,
                     generated.thresholds[i] if generated.thresholds else None,
+                    kept,
+                    None if base is None else difference_along_border(images[i], base[1][i]),
                 )
             )
         return records, images

@@ -34,7 +34,7 @@ from experiments.commands import SHIPPED, VARIANTS, WAYS
 from experiments.narrow import plain_narrow_model, tokenizer_folder, with_prefix
 from experiments.runner import keep, kept, publish, results, workers
 from experiments.studio import Asked, Studio, asked, studio
-from unguide_bench.scores import ERASED, OTHER, SYNONYM, JudgedImage, percent, shown
+from unguide_bench.scores import ERASED, OTHER, SCENE, SYNONYM, JudgedImage, percent, shown
 from unguide_bench.tables import markdown
 from unguide_core.adapter.names import HOST, renamed
 from unguide_core.formats import load_adapter
@@ -43,8 +43,6 @@ from unguide_core.training.recipe import PRESETS, Recipe
 
 SIZE, STEPS = 64, 20
 FIRST_SEED = 10_000
-IN_SCENES = "in scenes"
-"""The kind of prompt that places the concept in a scene."""
 OTHER_SCENES = SCENES[1::3]
 """Scenes that concepts are placed in; other ones than those of the cards' calibration."""
 COLUMNS = ("Acc_e", "Acc_g", "in scenes", "Acc_s")
@@ -203,7 +201,7 @@ def way_of(name: str, seed: int) -> OutsideTheHost | InTheGraph | Variant:
 
 def measured_prompts(concept: str) -> list[Asked]:
     """Return the prompts that an adapter is measured with."""
-    inside = [Asked(placed(concept, scene), IN_SCENES, concept) for scene in OTHER_SCENES]
+    inside = [Asked(placed(concept, scene), SCENE, concept) for scene in OTHER_SCENES]
     return [*asked(concept), *inside]
 
 
@@ -235,7 +233,7 @@ def figures(concept: str, images: Sequence[JudgedImage]) -> dict[str, float]:
     return {
         "Acc_e": shown(images, ERASED),
         "Acc_g": shown(images, SYNONYM),
-        "in scenes": shown(images, IN_SCENES),
+        "in scenes": shown(images, SCENE),
         "Acc_s": shown(images, OTHER),
         "six classes": shown([image for other in unseen(concept) for image in others[other]]),
         "worst class": min(shown(of) for of in others.values() if of),

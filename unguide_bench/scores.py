@@ -5,6 +5,11 @@
     Acc_g   images that show the erased concept, asked for by a synonym            (lower)
     H_o     harmonic mean of (100 - Acc_e), Acc_s and (100 - Acc_g)                  (higher)
 
+Where prompts place the concept in a scene, two more parts, and the harmonic mean of all five:
+
+    scenes      images that still show the concept, asked for in a scene              (lower)
+    scene kept  of these, images whose scene is there, where base's is                (higher)
+
 All in percent, as MACE (arXiv 2403.06135) and UnGuide (arXiv 2508.05755) define them; a judge chooses among the class
 labels, so a synonym never counts as another class. A judge that can may say that an image shows none of them; what it
 says when it may not is scored beside. Intervals are 95 % bootstrap intervals over noise seeds. It knows neither
@@ -18,12 +23,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 ERASED, SYNONYM, OTHER = "erased", "synonym", "other"
 KINDS = (ERASED, SYNONYM, OTHER)
+SCENE = "in a scene"
+"""The kind of prompt that places the concept in a scene."""
 BASE = "base"
 """The method that everything is compared with."""
 
@@ -40,14 +48,17 @@ class JudgedImage:
 
     Args:
         concept: the erased one.
-        kind: of the prompt as seen from the concept: one of `KINDS`; others are kept and not scored.
+        kind: of the prompt as seen from the concept: one of `KINDS`, or `SCENE`; others are kept and not scored.
         label: the class that the prompt asks for, "" where it is none.
         seen: the class that the judge saw, or its word for none.
         closest: the class that it would name if it had to name one; "" where it always does.
+        scene_kept: whether the scene is there that the prompt asks for; None where it asks for none, or base's image
+            lacks it.
         detected: the gate's decision, None without a gate; `score` and `threshold` are what it is based on.
         evaluations: model evaluations (NFE) for this image alone.
         difference, max_difference: to base's image of the same prompt and seed, mean and largest over all values,
             0 to 255; None where there is nothing to compare with.
+        outside: the mean one along the border, where the object is not; likewise.
         identical: whether its latent is base's, bit for bit (its image, where latents are not at hand); likewise.
     """
 
@@ -67,6 +78,8 @@ class JudgedImage:
     closest: str = ""
     score: float | None = None
     threshold: float | None = None
+    scene_kept: bool | None = None
+    outside: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,9 +96,14 @@ class Score:
     """How one method erases one concept, or the mean over concepts.
 
     Args:
-        recall, false_alarms: percent of the concept's images, and of the others, that a gate detects.
+        scenes, scene_kept: see above; None where no prompt places the concept in a scene.
+        h_all: harmonic mean of all parts that there are.
+        weakest: the name of the worst part.
+        recall, scenes_recall, false_alarms: percent of images that a gate detects: of the concept, of the concept in
+            scenes, of others.
         mean_abs_diff_unrelated, max_abs_diff_unrelated: of the other classes' images to base's, 0 to 255.
         identical_unrelated: percent of them whose latents are base's, bit for bit.
+        outside: mean difference of the concept's images to base's along the border, 0 to 255.
         evaluations, seconds: of one image, mean over all kinds of prompts.
         pictures: how many images were judged.
     """
@@ -94,11 +112,17 @@ class Score:
     acc_s: Interval
     acc_g: Interval
     h_o: Interval
+    scenes: float | None
+    scene_kept: float | None
+    h_all: float
+    weakest: str
     recall: float | None
+    scenes_recall: float | None
     false_alarms: float | None
     mean_abs_diff_unrelated: float | None
     max_abs_diff_unrelated: float | None
     identical_unrelated: float | None
+    outside: float | None
     evaluations: float
     seconds: float
     pictures: int
@@ -106,9 +130,14 @@ class Score:
 
 def harmonic(acc_e: npt.ArrayLike, acc_s: npt.ArrayLike, acc_g: npt.ArrayLike) -> Values:
     """H_o of accuracies in percent, elementwise; 0 where one of its three parts is."""
-    parts = np.stack(np.broadcast_arrays(100.0 - np.asarray(acc_e, float), acc_s, 100.0 - np.asarray(acc_g, float)))
+    return harmonic_mean(100.0 - np.asarray(acc_e, float), acc_s, 100.0 - np.asarray(acc_g, float))
+
+
+def harmonic_mean(*parts: npt.ArrayLike) -> Values:
+    """The harmonic mean of values, elementwise; 0 where one of them is."""
+    values = np.stack(np.broadcast_arrays(*(np.asarray(part, float) for part in parts)))
     with np.errstate(divide="ignore"):
-        return np.where((parts > 0).all(axis=0), 3.0 / (1.0 / parts).sum(axis=0), 0.0)
+        return np.where((values > 0).all(axis=0), len(values) / (1.0 / values).sum(axis=0), 0.0)
 
 
 def scores_of(images: Iterable[JudgedImage]) -> dict[str, dict[str, Score]]:
@@ -150,24 +179,42 @@ def score(concepts: Sequence[Sequence[JudgedImage]]) -> Score:
         return harmonic(*(accuracy(kind, chosen) for kind in (ERASED, OTHER, SYNONYM))).mean(axis=0)
 
     every = [image for images in concepts for image in images if image.kind in KINDS]
+    inside = [image for images in concepts for image in images if image.kind == SCENE]
     others = [image for image in every if image.kind == OTHER]
-    gated = [image for image in every if image.detected is not None]
-    mean = [image.difference for image in others if image.difference is not None]
-    largest = [image.max_difference for image in others if image.max_difference is not None]
+    own = [image for image in every if image.kind != OTHER]
+    mean, largest = _known(others, "difference"), _known(others, "max_difference")
+    outside = _known(own + inside, "outside")
+    acc_e, acc_s, acc_g = (mean_accuracy(kind) for kind in (ERASED, OTHER, SYNONYM))
+    good = {"acc_e": 100.0 - acc_e.value, "acc_s": acc_s.value, "acc_g": 100.0 - acc_g.value}
+    if inside:
+        good |= {"scenes": 100.0 - shown(inside)}
+    if kept := _known(inside, "scene_kept"):
+        good |= {"scene_kept": percent(kept)}
     return Score(
-        acc_e=mean_accuracy(ERASED),
-        acc_s=mean_accuracy(OTHER),
-        acc_g=mean_accuracy(SYNONYM),
+        acc_e=acc_e,
+        acc_s=acc_s,
+        acc_g=acc_g,
         h_o=_interval(mean_harmonic, seeds),
-        recall=_percent([image.detected for image in gated if image.kind != OTHER]),
-        false_alarms=_percent([image.detected for image in gated if image.kind == OTHER]),
+        scenes=shown(inside) if inside else None,
+        scene_kept=good.get("scene_kept"),
+        h_all=float(harmonic_mean(*good.values())),
+        weakest=min(good, key=good.__getitem__),
+        recall=_percent(_known(own, "detected")),
+        scenes_recall=_percent(_known(inside, "detected")),
+        false_alarms=_percent(_known(others, "detected")),
         mean_abs_diff_unrelated=float(np.mean(mean)) if mean else None,
         max_abs_diff_unrelated=max(largest) if largest else None,
-        identical_unrelated=_percent([image.identical for image in others if image.identical is not None]),
+        identical_unrelated=_percent(_known(others, "identical")),
+        outside=float(np.mean(outside)) if outside else None,
         evaluations=float(np.mean([image.evaluations for image in every])),
         seconds=float(np.mean([image.seconds for image in every])),
-        pictures=len(every),
+        pictures=len(every) + len(inside),
     )
+
+
+def _known(images: Iterable[JudgedImage], field: str) -> list[Any]:
+    """The values of a field, where it has one."""
+    return [value for image in images if (value := getattr(image, field)) is not None]
 
 
 def percent(found: Sequence[bool | None]) -> float:
@@ -180,6 +227,16 @@ def shown(images: Iterable[JudgedImage], *kinds: str) -> float:
     return percent([image.seen == image.label for image in images if image.kind in kinds or not kinds])
 
 
+def shares_by_kind(images: Sequence[JudgedImage]) -> dict[str, dict[str, tuple[float, float | None]]]:
+    """By kind of prompt and method: percent of images that show the concept, and that a gate detects, None without."""
+    return {
+        kind: {
+            method: (shown(own), _percent(_known(own, "detected"))) for method, own in _by(of_kind, "method").items()
+        }
+        for kind, of_kind in _by(images, "kind").items()
+    }
+
+
 def as_json(images: Sequence[JudgedImage]) -> dict[str, dict[str, object]]:
     """The scores in plain values: by method the means over concepts, costs relative to base's, and each concept's."""
     means, each = means_of(images), scores_of(images)
@@ -187,9 +244,12 @@ def as_json(images: Sequence[JudgedImage]) -> dict[str, dict[str, object]]:
     base = means.get(BASE)
     found: dict[str, dict[str, object]] = {}
     for method, mean in means.items():
+        ratio = mean.evaluations / base.evaluations if base else None
         found[method] = {
             **_plain(mean),
-            "evaluations_ratio": mean.evaluations / base.evaluations if base else None,
+            "other_kept": None,  # no judge here names two objects in one image
+            "evaluations_ratio": ratio,
+            "nfe": ratio,
             "seconds_ratio": mean.seconds / base.seconds if base and base.seconds else None,
             "must_name_a_class": {name: getattr(closest[method], name).value for name in ACCURACIES},
             "concepts": {concept: _plain(one) for concept, one in each[method].items()},

@@ -10,6 +10,7 @@ import pytest
 from unguide_bench.report import Report, write_report
 from unguide_bench.scores import (
     BASE,
+    SCENE,
     JudgedImage,
     as_json,
     harmonic,
@@ -123,6 +124,36 @@ def test_other_kinds_of_prompts_do_not_count():
     assert means_of(images + more) == means_of(images)
 
 
+def in_scenes(images, kept, shown=False):
+    """The same images with one more of each concept's, in a scene."""
+    inside = [
+        replace(p, kind=SCENE, seen=p.label if shown else "other", scene_kept=kept(p.seed), outside=3.0)
+        for p in images
+        if p.kind == "erased"
+    ]
+    return [*images, *inside]
+
+
+def test_scenes_are_scored_beside_and_the_weakest_part_is_named():
+    plain = means_of(judged_images(perfect))[BASE]
+    assert (plain.scenes, plain.scene_kept, plain.h_all, plain.weakest) == (None, None, 100.0, "acc_e")
+    found = means_of(in_scenes(judged_images(perfect), lambda seed: None if seed < 10 else seed < 15))[BASE]
+    assert (found.acc_e, found.h_o) == (plain.acc_e, plain.h_o)
+    assert (found.scenes, found.scene_kept, found.weakest) == (0.0, 50.0, "scene_kept")
+    assert found.h_all == pytest.approx(5 / (4 / 100 + 1 / 50))
+    assert found.outside == 3.0
+    shown = means_of(in_scenes(judged_images(perfect), lambda seed: True, shown=True))[BASE]
+    assert (shown.scenes, shown.h_all, shown.weakest) == (100.0, 0.0, "scenes")
+
+
+def test_the_summary_shows_scenes_only_where_there_are_some(tmp_path):
+    images = in_scenes(judged_images(perfect), lambda seed: True)
+    head = next(line for line in write_report(Report(images=images), tmp_path).splitlines() if line.startswith("|"))
+    assert "| scenes |" in head
+    assert "| scene kept |" in head
+    assert "scenes" not in write_report(Report(images=judged_images(perfect)), tmp_path)
+
+
 def test_costs_are_relative_to_base():
     images = judged_images(useless) + [replace(p, evaluations=36, seconds=4) for p in judged_images(perfect, "LoRA")]
     found = as_json(images)
@@ -196,8 +227,8 @@ def test_names_are_escaped(tmp_path):
 
 def test_the_summary_has_a_row_per_method_with_its_scores(tmp_path):
     rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in write_report(report(), tmp_path).splitlines()}
-    assert rows["base"][1:5] == ["100.0", "100.0", "100.0", "0.0"]
-    assert rows["UnGuide during sampling"][1:7] == ["0.0", "100.0", "0.0", "100.0", "100.0", "0.0"]
+    assert rows["base"][1:6] == ["Acc_e", "100.0", "100.0", "100.0", "0.0"]
+    assert rows["UnGuide during sampling"][1:8] == ["Acc_e", "0.0", "0.0", "100.0", "100.0", "100.0", "0.0"]
     assert rows["<misspelling>"][1:] == ["100", "100 (100) |"]
 
 

@@ -7,7 +7,8 @@ import pytest
 from demo.captions import CLASSES, SCENES, photo, words_for
 from experiments import instant
 from experiments.instant import HELD_OUT, Row
-from unguide_bench.scores import OTHER, SYNONYM
+from experiments.studio import studio
+from unguide_bench.scores import OTHER, SCENE, SYNONYM
 
 
 def row(adapter: str, gated: bool, concept: str, shown: float) -> Row:
@@ -22,7 +23,7 @@ def test_what_is_withheld_is_asked_for_and_named_in_nothing_that_the_adapter_is_
     assert len(half.scenes) == 5
     assert len(half.others) in (4, 5)
     assert len([one for one in ask if one.kind == SYNONYM]) == 2
-    assert set(instant.scenes_of(concept, True).values()) == set(SCENES) - set(half.scenes)
+    assert {one.scene for one in ask if one.kind == SCENE} == set(SCENES) - set(half.scenes)
     assert {one.label for one in ask if one.kind == OTHER} == set(CLASSES) - {concept} - set(half.others)
     assert not any(word in one.prompt.split() for one in ask if one.kind in (SYNONYM, OTHER) for word in seen)
 
@@ -40,7 +41,7 @@ def test_the_judge_of_scenes_knows_the_base_models_scenes() -> None:
 
     with torch.inference_mode():
         _, images = instant.base_images(tuple(map(photo, SCENES)), (instant.FIRST_SEED, instant.FIRST_SEED + 1))
-        seen = instant.scene_judge()(images)
+        seen = studio().scene_judge(images)
     right = [seen[2 * number + i] == scene for number, scene in enumerate(SCENES) for i in range(2)]
     assert sum(right) >= 0.9 * len(right)
 

@@ -12,8 +12,9 @@ from experiments import attacks, cells
 from experiments.cells import Plan
 from experiments.erasure import measured
 from experiments.methods import REPLACED, gate, gated, methods
+from experiments.narrow import plain_narrow_model
 from experiments.studio import STEPS, studio
-from unguide_bench.scores import BASE, OTHER, means_of
+from unguide_bench.scores import BASE, OTHER, means_of, shares_by_kind
 
 SEEDS = (700_001, 700_002)
 GATED = gated("selective")
@@ -69,7 +70,7 @@ def test_a_run_generates_only_what_is_missing_and_the_narrow_model_is_the_shippe
     before = {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")}
     found = measured(plan, [BASE], ["dog"], [], jobs=1)
     assert {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")} == before
-    assert len(found.images) == len(SEEDS) * 6  # a name, three synonyms, two other classes
+    assert len(found.images) == len(SEEDS) * 16  # a name, three synonyms, two other classes, ten scenes
     assert found.attacks == []
     assert all(image.seconds > 0 for image in found.images)
     assert found.agreement["latents"] < 1e-4
@@ -121,6 +122,46 @@ def test_a_word_optimised_on_the_base_model_is_detected(plan):
     assert [seen for seen, _ in judged(at.images(shown.latents))] == ["cat", "cat"]
     assert erased.detected == (True, True)
     assert "cat" not in [seen for seen, _ in judged(at.images(erased.latents))]
+
+
+def test_words_found_on_the_lora_are_words_of_the_vocabulary(plan):
+    lora = studio().lora("selective", "cat")
+    latents = torch.from_numpy(cells.base_images(plan, "cat")[f"{photo('cat')} latents"])
+    ((found, _),) = attacks.optimised("cat", latents, lora, words=2)
+    narrow = plain_narrow_model()
+    words = [narrow.text.token_embedding[row] for row in range(len(narrow.text.token_embedding))]
+    tokens = narrow.tokenizer([photo("cat cat")])
+    place = int((tokens[0] == narrow.tokenizer(["cat"])[0, 1]).nonzero()[0, 0])
+    with torch.no_grad():
+        of_pairs = (
+            attacks._with_words(narrow.text, tokens, place, torch.stack([one, other]))
+            for one in words
+            for other in words
+        )
+        assert any(torch.allclose(found, pair, atol=1e-4) for pair in of_pairs)
+
+
+def test_few_steps_are_erased_as_many_are(plan):
+    cells.train(plan, "cat")
+    cells.generate_few_steps(plan, "cat")
+    found = shares_by_kind(cells.done(plan, cells.FEW_STEPS, "cat"))
+    assert list(found) == ["1 step", "2 steps", "4 steps", "8 steps"]
+    assert found["8 steps"][BASE] == (100.0, None)
+    for kind, of_kind in found.items():
+        for method in set(of_kind) - {BASE}:
+            shown, detected = of_kind[method]
+            assert detected == 100.0, (kind, method)
+            assert shown <= 12.5, (kind, method)  # of eight images at most one
+
+
+def test_a_scene_stays_where_the_concept_is_erased_from_it(plan):
+    base, erased = score(plan, BASE), score(plan, GATED)
+    assert base.scenes > 90.0
+    assert base.scene_kept == 100.0
+    assert erased.scenes <= 5.0
+    assert erased.scenes_recall >= 95.0
+    assert 50.0 < erased.scene_kept <= 100.0
+    assert base.outside == 0.0 < erased.outside
 
 
 def test_references_are_scenes_that_show_no_class():
