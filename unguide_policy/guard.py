@@ -11,7 +11,7 @@ import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
 
 from ..unguide_comfy.blend.state import RUN
-from ..unguide_comfy.blend.wrapper import bare, blended_prediction
+from ..unguide_comfy.blend.wrapper import WRAPPERS, bare, blended_prediction
 from ..unguide_comfy.gate.attach import GatedSampling, gate_wrappers
 from ..unguide_comfy.gate.gate import Branch
 from ..unguide_comfy.lora.match import match
@@ -63,7 +63,8 @@ class Guard:
         else:
             every = (entry for conds in guider.original_conds.values() for entry in conds)
             to[PASSAGE] = Passage(frozenset(entry.get("uuid") for entry in every))
-            guider.model_patcher = bare(guider.model_patcher)
+            if any(guider.model_patcher.get_wrappers(kind, OURS) for kind in WRAPPERS):
+                guider.model_patcher = bare(guider.model_patcher)  # a clone, which the host would load anew
             wrappers = to.get("wrappers", {})
             ours = {WrappersMP.APPLY_MODEL: blended_prediction, **gate_wrappers(sampling)}
             for kind, wrapper in ours.items():  # first, and so outermost
