@@ -126,8 +126,8 @@ def optimised(concept: str, latents: Any, lora: Any = None, evading: bool = Fals
         def states() -> Any:
             if words:
                 nearest = known[torch.cdist(learnt, known).argmin(dim=1)]
-                return _with_words(narrow.text, tokens, place, learnt + (nearest - learnt).detach())
-            return learnt if lora is not None else _with_words(narrow.text, tokens, place, learnt)
+                return with_words(narrow.text, tokens, place, learnt + (nearest - learnt).detach())
+            return learnt if lora is not None else with_words(narrow.text, tokens, place, learnt)
 
         excess = _excess(narrow, lora, layers) if evading else None
         optimiser = torch.optim.Adam([learnt], lr=EMBEDDING_RATE)
@@ -194,8 +194,8 @@ def _trainable(lora: Any) -> dict[str, Any]:
     return {name: replace(layer, down=layer.down.clone(), up=layer.up.clone()) for name, layer in layers.items()}
 
 
-def _with_words(text: Any, tokens: Any, place: int, words: Any) -> Any:
-    """The text states [1, 77, 768] of tokens with embeddings in place of some, from one place on."""
+def with_words(text: Any, tokens: Any, place: int, words: Any) -> Any:
+    """Return the text states [1, 77, 768] of tokens with embeddings in place of some, from one place on."""
     table = torch.cat([text.token_embedding.new_zeros(1, text.token_embedding.shape[1]), text.token_embedding])
     x = table[text.rows[tokens]]
     x = torch.cat([x[:, :place], words[None], x[:, place + len(words) :]], dim=1) + text.position_embedding

@@ -102,8 +102,8 @@ def train(plan: Plan, concept: str) -> None:
     save_adapter(trained.adapter, plan.trained(concept))
 
 
-def _studio(plan: Plan, concept: str) -> Studio:
-    """This process's studio, which knows the concept's trained adapter where there is one."""
+def knowing(plan: Plan, concept: str) -> Studio:
+    """Return this process's studio, which knows the concept's trained adapter where there is one."""
     at = studio()
     if plan.trained(concept).exists():
         at.add(PRESET, concept, erasure_lora(at, concept, load_adapter(plan.trained(concept))))
@@ -130,7 +130,7 @@ def base_images(plan: Plan, klass: str) -> dict[str, Any]:
 
 def generate_cell(plan: Plan, method: str, concept: str) -> None:
     """Generate, judge and write one method's images of one concept."""
-    studio_, records, first = _studio(plan, concept), [], {}
+    studio_, records, first = knowing(plan, concept), [], {}
     generate = methods()[method]
     with torch.inference_mode():
         for one in (*asked(concept, plan.concepts), *asked_in_scenes(concept)):
@@ -175,7 +175,7 @@ def generate_few_steps(plan: Plan, concept: str) -> None:
 
     A record's kind is the number of steps.
     """
-    studio_, records = _studio(plan, concept), []
+    studio_, records = knowing(plan, concept), []
     seeds = plan.seeds[:FEW_SEEDS]
     own = [one for one in asked(concept) if one.kind != OTHER]
     batch = studio_.batch([one.prompt for one in own], seeds)
@@ -240,7 +240,7 @@ def time_methods(plan: Plan, chosen: Sequence[str], concept: str, other: str) ->
             for method in chosen:
                 for kind, prompt in prompts.items():
                     started = time.perf_counter()
-                    known_methods[method](_studio(plan, concept), concept, prompt, plan.seeds[:1])
+                    known_methods[method](knowing(plan, concept), concept, prompt, plan.seeds[:1])
                     times[method][kind] = min(times[method][kind], time.perf_counter() - started)
     path.write_text(json.dumps(times, indent=1) + "\n")
 

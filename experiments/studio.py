@@ -34,7 +34,7 @@ CLOSED_FORM = "closed form"
 """The set of erasure LoRAs that are made in closed form, in no file."""
 PRESET = "preset"
 """The set that an experiment trains, as a user would: by the node with its defaults; see `Studio.add`."""
-SCENE_SEEDS = range(950_000, 950_032)
+SCENE_SEEDS = range(950_000, 950_016)
 """Of the images of each plain scene that the judge of scenes learns from."""
 
 

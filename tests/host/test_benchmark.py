@@ -15,6 +15,7 @@ from experiments.methods import REPLACED, gate, gated, methods
 from experiments.narrow import plain_narrow_model
 from experiments.studio import STEPS, studio
 from unguide_bench.scores import BASE, OTHER, means_of, shares_by_kind
+from unguide_core.formats import save_adapter
 
 SEEDS = (700_001, 700_002)
 GATED = gated("selective")
@@ -22,11 +23,12 @@ GATED = gated("selective")
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    """The base model's images of three classes, two seeds each."""
-    made = Plan(tmp_path_factory.mktemp("benchmark"), SEEDS, ("cat", "dog", "ship"))
+    """The base model's images of two classes, two seeds each."""
+    made = Plan(tmp_path_factory.mktemp("benchmark"), SEEDS, ("cat", "dog"))
     made.claim()
     for klass in made.concepts:
         cells.generate_base(made, klass)
+    save_adapter(studio().lora("selective", "cat").adapter, made.trained("cat"))  # as if trained by this run
     return made
 
 
@@ -70,7 +72,7 @@ def test_a_run_generates_only_what_is_missing_and_the_narrow_model_is_the_shippe
     before = {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")}
     found = measured(plan, [BASE], ["dog"], [], jobs=1)
     assert {path: path.stat().st_mtime_ns for path in plan.folder.rglob("*")} == before
-    assert len(found.images) == len(SEEDS) * 16  # a name, three synonyms, two other classes, ten scenes
+    assert len(found.images) == len(SEEDS) * 15  # a name, three synonyms, the other class, ten scenes
     assert found.attacks == []
     assert all(image.seconds > 0 for image in found.images)
     assert found.agreement["latents"] < 1e-4
@@ -95,9 +97,10 @@ def test_a_folder_of_another_run_is_refused(plan):
 
 
 def test_every_way_to_erase_generates(plan):
+    at = cells.knowing(plan, "cat")
     with torch.inference_mode():
         for name, generate in methods().items():
-            generated = generate(studio(), "cat", photo("cat"), SEEDS[:1])
+            generated = generate(at, "cat", photo("cat"), SEEDS[:1])
             assert generated.latents.isfinite().all(), name
             assert generated.evaluations >= 2 * STEPS - 2, name  # the official schedule is one step short
 
@@ -124,25 +127,27 @@ def test_a_word_optimised_on_the_base_model_is_detected(plan):
     assert "cat" not in [seen for seen, _ in judged(at.images(erased.latents))]
 
 
-def test_words_found_on_the_lora_are_words_of_the_vocabulary(plan):
+def test_words_found_on_the_lora_are_words_of_the_vocabulary(plan, monkeypatch):
+    monkeypatch.setattr(attacks, "EMBEDDING_STEPS", 20)
     lora = studio().lora("selective", "cat")
     latents = torch.from_numpy(cells.base_images(plan, "cat")[f"{photo('cat')} latents"])
     ((found, _),) = attacks.optimised("cat", latents, lora, words=2)
     narrow = plain_narrow_model()
-    words = [narrow.text.token_embedding[row] for row in range(len(narrow.text.token_embedding))]
+    known = narrow.text.token_embedding.detach()
     tokens = narrow.tokenizer([photo("cat cat")])
     place = int((tokens[0] == narrow.tokenizer(["cat"])[0, 1]).nonzero()[0, 0])
-    with torch.no_grad():
-        of_pairs = (
-            attacks._with_words(narrow.text, tokens, place, torch.stack([one, other]))
-            for one in words
-            for other in words
-        )
-        assert any(torch.allclose(found, pair, atol=1e-4) for pair in of_pairs)
+    words = known.new_empty(0, known.shape[1])
+    for number in range(2):  # the encoder is causal: a word's states depend on it and those before
+        tried = [torch.cat([words, row[None], row.new_zeros(1 - number, len(row))]) for row in known]
+        apart = [
+            float((attacks.with_words(narrow.text, tokens, place, one) - found)[0, place + number].abs().max())
+            for one in tried
+        ]
+        assert min(apart) < 1e-4
+        words = tried[apart.index(min(apart))][: number + 1]
 
 
 def test_few_steps_are_erased_as_many_are(plan):
-    cells.train(plan, "cat")
     cells.generate_few_steps(plan, "cat")
     found = shares_by_kind(cells.done(plan, cells.FEW_STEPS, "cat"))
     assert list(found) == ["1 step", "2 steps", "4 steps", "8 steps"]
