@@ -12,10 +12,10 @@ import torch
 
 @contextmanager
 def differentiable(model: torch.nn.Module) -> Iterator[None]:
-    """Within the block no weight is an inference tensor, through which nothing can be differentiated.
+    """Within the block every weight can be differentiated through, and none takes a gradient of its own.
 
-    The host loads models under inference mode. Ordinary tensors over the same memory stand in for the weights, which
-    come back afterwards: nothing is copied or written.
+    The host loads models under inference mode, and some versions leave gradients on. Ordinary tensors over the same
+    memory stand in for such weights, which come back afterwards: nothing is copied or written.
     """
     before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
@@ -23,7 +23,7 @@ def differentiable(model: torch.nn.Module) -> Iterator[None]:
             stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for store in stores:
                 for name, tensor in store.items():
-                    if tensor is not None and tensor.is_inference():
+                    if tensor is not None and (tensor.is_inference() or tensor.requires_grad):
                         before.append((store, name, tensor))
                         store[name] = _ordinary(tensor)
         yield
