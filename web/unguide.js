@@ -77,6 +77,15 @@ api.addEventListener("executed", ({ detail }) => {
 
 // ---------------------------------------------------------------- advanced inputs
 
+const words = { showAdvanced: "Show advanced", hideAdvanced: "Hide advanced" };
+
+// The host translates nodes and inputs; the button is ours.
+async function translate() {
+  const language = app.extensionManager?.setting?.get("Comfy.Locale");
+  const answer = language && language !== "en" ? await api.fetchApi("/i18n") : null;
+  if (answer?.ok) Object.assign(words, (await answer.json())[language]?.unguide);
+}
+
 function isLinked(node, widget) {
   return node.inputs?.some((slot) => slot.widget?.name === widget.name && slot.link != null) ?? false;
 }
@@ -94,7 +103,7 @@ function foldAdvanced(node) {
   };
   const button = node.addWidget("button", "show_advanced", null, () => toggle(node), { canvasOnly: true, serialize: false });
   button.serialize = false;
-  const label = () => (node.showAdvanced ? "Hide advanced" : "Show advanced");
+  const label = () => (node.showAdvanced ? words.hideAdvanced : words.showAdvanced);
   Object.defineProperty(button, "label", { configurable: true, get: label, set() {} });
   node.setSize([node.size[0], node.computeSize()[1]]);
 }
@@ -149,9 +158,10 @@ app.registerExtension({
     colourWires();
     showSavedView();
   },
-  setup() {
+  async setup() {
     suggestLoader();
     colourWires();
+    await translate().catch(() => {});
     app.ui?.settings?.addEventListener?.("Comfy.ColorPalette.change", () => setTimeout(colourWires));
   },
 });

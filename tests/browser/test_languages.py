@@ -20,6 +20,9 @@ NAMES = """kinds => kinds.map(kind => {
     each => [each.name, each.localized_name ?? each.label ?? each.name]))];
 })"""
 
+BUTTON = """() => app.graph.nodes.find(node => node.type === "UnGuideSettings").widgets.find(
+  widget => widget.name === "show_advanced").label"""
+
 
 @pytest.fixture(
     params=[pytest.param(each, marks=() if each == "zh" else pytest.mark.lengthy) for each in LANGUAGES], scope="module"
@@ -42,6 +45,13 @@ def test_the_nodes_and_their_inputs_have_their_names_in_it(translated: tuple[Can
     for kind, _, inputs in found:
         wanted = {name: text["name"] for name, text in texts[kind]["inputs"].items() if "name" in text}
         assert wanted.items() <= inputs.items(), kind
+
+
+def test_the_button_for_advanced_inputs_is_in_it(translated: tuple[Canvas, dict[str, Any]]) -> None:
+    canvas, _ = translated
+    canvas.add("UnGuideSettings")
+    words = json.loads((ROOT / "locales" / canvas.language / "main.json").read_text(encoding="utf-8"))["unguide"]
+    assert canvas.page.evaluate(BUTTON) == words["showAdvanced"]
 
 
 def test_the_search_finds_a_node_by_its_name_in_it(translated: tuple[Canvas, dict[str, Any]]) -> None:
