@@ -37,9 +37,12 @@ def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> 
     options = ["--import-mode=importlib", f"--rootdir={PACK}", "-o", kept, f"--durations={SLOWEST}"]
     options += ["-m", "not slow"] if arguments.quick else []
     environment = test_environment(host)
-    if not arguments.quick and (not extra or any(part.startswith(BROWSER) for part in extra)):
+    named = any(part.startswith(BROWSER) for part in extra)
+    if named or not (extra or arguments.quick):
         found = browser.find_or_install(cache.home() / "logs" / "apt-get.log", progress)
         environment |= {} if found is None else {browser.VARIABLE: found}
+    if not named and not arguments.quick:
+        options += ["-m", "not lengthy"]
     if not extra:
         options += [f"--numprocesses={WORKERS}", "--dist=loadfile", "--no-loadscope-reorder"]
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
