@@ -31,8 +31,8 @@ from experiments.policy.servers import Shown, outcome, policy_server, show
 from experiments.runner import keep, publish
 from unguide_bench.tables import markdown
 
-TIMES = 12
-"""Runs of the unrelated image whose overhead is measured."""
+TIMES = 24
+"""Runs of the unrelated image whose overhead is measured, on either server."""
 
 BAD = ("unguarded", "changed", "failed")
 
@@ -143,26 +143,28 @@ def stopped_in_mid_run(server: Server) -> Shown:
     raise DevError("the server answers after it was stopped")
 
 
-def overhead(server: Server) -> list[float]:
-    """Return the seconds of runs of 30 steps of a ship."""
-    times = []
-    for number in range(TIMES):
-        draft = Draft(SHIP, 1)
-        times.append(seconds_of(server.api.run(draft.saved(draft.ksampler(steps=30, seed=number)))))
+def overhead(host: Host, demo: Path, policy: Path) -> tuple[list[float], list[float]]:
+    """Return the seconds of runs of 30 steps of a ship, on a server without the policy and on one with it, in turn."""
+    times: tuple[list[float], list[float]] = [], []
+    with policy_server(host, demo, None) as plain, policy_server(host, demo, policy) as guarded:
+        for number in range(TIMES):
+            draft = Draft(SHIP, 1)
+            graph = draft.saved(draft.ksampler(steps=30, seed=number))
+            for server, own in zip((plain, guarded), times, strict=True):
+                own.append(seconds_of(server.api.run(graph)))
     return times
 
 
 def measured(host: Host, demo: Path, policy: Path, images: int, only: str) -> dict[str, Any]:
     """Return all rows, and what the policy costs."""
+    plain, guarded = overhead(host, demo, policy)
     with policy_server(host, demo, None) as server:
         chosen = [case for case in cases(server.api.get("/object_info"), images) if only in case.name]
         last = [case for case in put_back(images) if only in case.name]
-        plain = overhead(server)
         before = shown_by(server, chosen)
         queue_before = queued(server, images)
         last_before = shown_by(server, last)
     with policy_server(host, demo, policy) as server:
-        guarded = overhead(server)
         after = shown_by(server, chosen)
         queue_after = queued(server, images)
         health = server.api.get("/unguide/policy")
