@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from dev.pack import load_pack, pack_module, start_host
 from dev.workspace import PACK as ROOT
 
-__all__ = ["ROOT", "load_pack", "pack_module", "start_host"]
+__all__ = ["ROOT", "awaited", "load_pack", "pack_module", "start_host"]
 
 BROWSER = "tests/browser/"
 SLOW = (
@@ -54,6 +57,12 @@ def _path(item: pytest.Item) -> str:
 def _slowness(item: pytest.Item) -> int:
     """A test's place in `SLOW`."""
     return next((place for place, prefix in enumerate(SLOW) if _path(item).startswith(prefix)), len(SLOW))
+
+
+def awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a coroutine returns; in a thread of its own, for an open page keeps a loop running in this one."""
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(asyncio.run, coroutine).result()
 
 
 @pytest.hookimpl(optionalhook=True)

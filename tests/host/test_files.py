@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import load_pack, pack_module
+from tests.conftest import awaited, load_pack, pack_module
 from tests.host.conftest import guided
 from tests.host.families import FAMILIES, Family
 from tests.host.test_blending import relative
@@ -47,7 +46,7 @@ def nodes() -> dict[str, Any]:
     async def listed() -> list[Any]:
         return await (await load_pack().comfy_entrypoint()).get_node_list()
 
-    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(listed())}
+    return {node.GET_SCHEMA().node_id: node for node in awaited(listed())}
 
 
 def load(name: str, **options: Any) -> tuple[Any, dict[str, Any]]:

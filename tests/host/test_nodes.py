@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import dataclasses
 from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import load_pack, pack_module
+from tests.conftest import awaited, load_pack, pack_module
 from tests.host.conftest import settings
 
 IDS = {
@@ -35,7 +34,7 @@ def schemas():
         extension = await load_pack().comfy_entrypoint()
         return [node.GET_SCHEMA() for node in await extension.get_node_list()]
 
-    return {schema.node_id: schema for schema in asyncio.run(listed())}
+    return {schema.node_id: schema for schema in awaited(listed())}
 
 
 def test_the_ids_are_the_documented_ones(schemas):
@@ -100,6 +99,6 @@ def test_a_renamed_node_is_known_to_the_hosts_manager_of_replacements(monkeypatc
     manager = NodeReplaceManager()
     monkeypatch.setattr(server.PromptServer, "instance", SimpleNamespace(node_replace_manager=manager), raising=False)
     example = ast.literal_eval(replacements.__doc__[replacements.__doc__.index("{") :].strip())
-    asyncio.run(replacements.register([example]))
+    awaited(replacements.register([example]))
     (entry,) = manager.get_replacement("UnGuideOldName")
     assert entry.as_dict() == example
