@@ -19,7 +19,7 @@ class UnGuideModel(io.ComfyNode):
         return schema(
             node_id="UnGuideModel",
             display_name="UnGuide",
-            description="Makes any sampler node erase the concept where a prompt carries it, and leave every other "
+            description="Makes any sampler node erase the concept where a prompt asks for it, and leave every other "
             "image as the base model generates it, bit for bit. Connect the model to KSampler, SamplerCustom, ...",
             search_aliases=["erase", "forget", "remove", "concept", "negative", "censor", "nsfw", "unguide"],
             inputs=[

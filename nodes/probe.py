@@ -18,14 +18,14 @@ from .wires import DecisionWire, erasure_lora_input, schema, settings_input, sho
 
 
 class StabilityProbe(io.ComfyNode):
-    """Decides, before any sampling, whether a prompt carries an erased concept."""
+    """Decides, before any sampling, whether a prompt asks for an erased concept."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="UnGuideProbe",
             display_name="Stability Probe",
-            description="Decides whether a prompt carries the erased concept: by its text where the LoRA is "
+            description="Decides whether a prompt asks for the erased concept: by its text where the LoRA is "
             "calibrated, else by denoising it for a few steps with the base model. Gives the decision to UnGuide, "
             "and as plain values to any other node; shows all statistics.",
             search_aliases=["concept detector", "safety check", "nsfw check", "censor check"],
@@ -59,7 +59,7 @@ class StabilityProbe(io.ComfyNode):
                 DecisionWire.Output(display_name="decision", tooltip="The decision, for the UnGuide node."),
                 io.Float.Output(display_name="weight", tooltip="The base model's weight that follows."),
                 io.Float.Output(display_name="score", tooltip="The deciding statistic; of a stack, the highest one."),
-                io.Boolean.Output(display_name="detected", tooltip="Whether the prompt carries an erased concept."),
+                io.Boolean.Output(display_name="detected", tooltip="Whether the prompt asks for an erased concept."),
                 io.Image.Output(display_name="plot", tooltip="All statistics, against their thresholds."),
                 io.String.Output(display_name="report", tooltip="What the probe measured, to read."),
                 io.String.Output(display_name="json", tooltip="Everything that the probe measured, as JSON."),

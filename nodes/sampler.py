@@ -25,7 +25,7 @@ class UnGuideSampler(io.ComfyNode):
         return schema(
             node_id="UnGuideSampler",
             display_name="UnGuide Sampler",
-            description="KSampler that erases a concept where the prompt carries it and generates every other image "
+            description="KSampler that erases a concept where the prompt asks for it and generates every other image "
             "exactly as KSampler does. Reports what it detected, and what that cost.",
             search_aliases=["erase", "forget", "remove", "concept", "negative", "censor", "nsfw", "concept erasure"],
             inputs=[

@@ -19,7 +19,7 @@ class UnGuideSettings(io.ComfyNode):
         return schema(
             node_id="UnGuideSettings",
             display_name="UnGuide Settings",
-            description="How the gate decides whether a prompt carries the erased concept, and what follows. You do "
+            description="How the gate decides whether a prompt asks for the erased concept, and what follows. You do "
             "not need this node to start with: without it, UnGuide uses these defaults.",
             search_aliases=["unguide options", "threshold", "false positive rate", "gate settings"],
             inputs=[
