@@ -1,6 +1,6 @@
 """ComfyUI's page as a person uses it: opens workflows, fills widgets in, presses Run, reads what is there.
 
-Runs in the host's python, which has playwright. The tests in a browser and `python3 dev pictures` use it.
+Runs in the host's python, which has playwright. The tests in a browser and `python3 dev screenshots` use it.
 """
 
 from __future__ import annotations

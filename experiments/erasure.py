@@ -107,10 +107,10 @@ def measured(
 def agreement() -> dict[str, float]:
     """Generate the concept's and an unrelated prompt behind the gate, at both widths, and compare.
 
-    Returns: `latents`, the largest relative difference; `pictures`, the largest difference of two images' values, 0 to
+    Returns: `latents`, the largest relative difference; `images`, the largest difference of two images' values, 0 to
     255; `scores`, the largest difference of the gate's scores; `decisions`, how many differ.
     """
-    apart = {"latents": 0.0, "pictures": 0.0, "scores": 0.0, "decisions": 0.0}
+    apart = {"latents": 0.0, "images": 0.0, "scores": 0.0, "decisions": 0.0}
     narrow, wide = studio(), Studio(wide=True)
     concept, other = CLASSES[3], CLASSES[5]
     with torch.inference_mode():
@@ -122,7 +122,7 @@ def agreement() -> dict[str, float]:
             first, second = (narrow.images(generated.latents).astype(int) for generated in (one, two))
             differences = {
                 "latents": float((one.latents - two.latents).abs().max() / two.latents.abs().max()),
-                "pictures": float(abs(first - second).max()),
+                "images": float(abs(first - second).max()),
                 "scores": max(abs(a - b) for a, b in zip(one.scores, two.scores, strict=True)),
                 "decisions": float(sum(a != b for a, b in zip(one.detected, two.detected, strict=True))),
             }

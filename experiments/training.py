@@ -222,8 +222,8 @@ def measured(at: Studio, concept: str, lora: Any, images: int) -> dict[str, Any]
         "alone": alone(at, concept, lora, images),
         "gated": figures(concept, gated),
         "statistic": Counter(made.statistics).most_common(1)[0][0],
-        "found": percent([image.detected for image in gated if image.kind != OTHER]),
-        "false alarms": percent([image.detected for image in gated if image.kind == OTHER]),
+        "detected": percent([image.detected for image in gated if image.kind != OTHER]),
+        "false positives": percent([image.detected for image in gated if image.kind == OTHER]),
     }
 
 
@@ -296,13 +296,13 @@ def ablation(rows: list[dict[str, Any]]) -> list[str]:
     known = {v: [{**row[v], "seed": row.get("seed", 0)} for row in rows if v in row] for v in VARIANTS}
     known = {variant: own for variant, own in known.items() if own}
     names = (*COLUMNS, "six classes", "worst class")
-    costs, shares = ("iterations", "evaluations", "seconds"), {"found": "detected", "false alarms": "false positives"}
+    costs, shares = ("iterations", "evaluations", "seconds"), ("detected", "false positives")
     alone, gated = [], []
     for variant, own in known.items():
         spent = [f"{fmean(row[cost] for row in own):.0f}" for cost in costs]
         alone.append([variant, str(len(own)), *_means(own, "alone", names), *spent])
         gated.append([variant, *_means(own, "gated", names), *(f"{fmean(row[s] for row in own):.1f}" for s in shares)])
-    heads = ("LoRA alone", "trainings", *names, *costs), ("with its gate", *names, *shares.values())
+    heads = ("LoRA alone", "trainings", *names, *costs), ("with its gate", *names, *shares)
     return [markdown(head, lines) for head, lines in zip(heads, (alone, gated), strict=True) if lines]
 
 

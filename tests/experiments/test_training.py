@@ -16,7 +16,7 @@ SHARES = {"Acc_e": 0.0, "Acc_g": 1.0, "in scenes": 2.0, "Acc_s": 99.0, "six clas
 def row(concept: str, *ways: str, seed: int = 0, worst: float = 90.0, missed: float = 0.0) -> dict[str, Any]:
     figures = {**SHARES, "worst class": worst}
     one = {"evaluations": 3000, "iterations": 100, "seconds": 30.0, "alone": {**figures, "Acc_e": missed}}
-    one |= {"gated": figures, "statistic": "text", "found": 100.0, "false alarms": 1.0}
+    one |= {"gated": figures, "statistic": "text", "detected": 100.0, "false positives": 1.0}
     return {"concept": concept, "seed": seed, **dict.fromkeys(ways, one)}
 
 

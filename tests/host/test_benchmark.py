@@ -76,7 +76,7 @@ def test_a_run_generates_only_what_is_missing_and_the_narrow_model_is_the_shippe
     assert found.attacks == []
     assert all(image.seconds > 0 for image in found.images)
     assert found.agreement["latents"] < 1e-4
-    assert found.agreement["pictures"] <= 1
+    assert found.agreement["images"] <= 1
     assert found.agreement["scores"] < 1e-3
     assert found.agreement["decisions"] == 0
 

@@ -1,4 +1,4 @@
-"""Screenshots of the nodes for their help pages: `python3 dev pictures`.
+"""Screenshots of the nodes for their help pages: `python3 dev screenshots`.
 
 Runs in the host's python, which has playwright, and in the browser that UNGUIDE_BROWSER names.
 """

@@ -1,4 +1,4 @@
-"""`python3 dev pictures`: takes screenshots of the nodes in a browser, for their help pages."""
+"""`python3 dev screenshots`: takes screenshots of the nodes in a browser, for their help pages."""
 
 from __future__ import annotations
 
@@ -25,4 +25,4 @@ def run(arguments: argparse.Namespace, extra: list[str], progress: Progress) -> 
     if found is None:
         raise DevError(f"there is no Chromium on this machine: install one, or name it in {browser.VARIABLE}", 2)
     os.environ[browser.VARIABLE] = found
-    return run_inside("dev.pictures", arguments, arguments.nodes, progress)
+    return run_inside("dev.screenshots", arguments, arguments.nodes, progress)
