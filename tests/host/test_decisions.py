@@ -79,13 +79,13 @@ def test_an_adapter_without_a_calibration_is_decided_by_alignment(demo, demo_lor
 
 
 def test_alignment_decides_where_an_adapter_acts_on_other_prompts_as_well(demo):
-    lora = load("paper", "cat", demo)
+    lora = load("paper", "airplane", demo)
     assert lora.adapter.card.calibration
-    assert decision(demo, lora, CAT).statistic == "alignment"
+    assert decision(demo, lora, "a photo of the airplane").statistic == "alignment"
 
 
 def test_influence_decides_where_it_separates_badly_and_alignment_misses_more(demo):
-    found = decision(demo, load("paper", "deer", demo), "a photo of the deer")
+    found = decision(demo, load("paper", "cat", demo), CAT)
     assert found.statistic == "influence"
     assert found.detected
 
@@ -326,7 +326,7 @@ def test_calibrating_an_adapter_gives_it_thresholds_that_work(demo, demo_lora):
     assert json.loads(text)[LORA]["model"] == keys.model_key(demo.model)
     assert lora.adapter.layers is bare.adapter.layers
     assert decision(demo, lora, CAT).statistic == "text"
-    for prompt, expected in ((CAT, True), ("a photo of the truck", False)):
+    for prompt, expected in ((CAT, True), ("a photo of the bird", False)):
         whole, by_influence = decision(demo, lora, prompt), decision(demo, without_text(lora), prompt)
         assert by_influence.statistic == "influence"
         assert whole.detected is by_influence.detected is expected

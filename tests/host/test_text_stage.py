@@ -16,6 +16,13 @@ from tests.host.conftest import CAT, UNRELATED, Demo, Observer, guided, ksampler
 calibrate, stages = pack_module("unguide_comfy.probe.calibrate"), pack_module("unguide_comfy.gate.stages")
 probe_node = pack_module("nodes.probe").StabilityProbe
 STEPS = 2
+BIRD = "a photo of the bird"
+
+
+@pytest.fixture
+def bird_lora(demo: Demo) -> Any:
+    """An erasure LoRA of whose concept the norm of the text tells."""
+    return load("selective", "bird", demo)
 
 
 def sampled(model: Any, positive: Any, demo: Demo, **sampling: Any) -> torch.Tensor:
@@ -148,25 +155,25 @@ def test_probing_again_asks_the_trajectory_where_the_text_has_not_detected(demo,
     assert run(demo, text_lora, CAT, {"recheck_every": 2})[1].cost.evaluations["probe"] == 0
 
 
-def test_resistance_detects_by_the_texts_norm_too_and_lets_no_text_clear_a_prompt(demo, text_lora):
+def test_resistance_detects_by_the_texts_norm_too_and_lets_no_text_clear_a_prompt(demo, bird_lora):
     resisting = {"resist_adversarial": True}
-    _, observer = run(demo, text_lora, UNRELATED[2], resisting)
+    _, observer = run(demo, bird_lora, UNRELATED[2], resisting)
     assert (observer.decision.stage, observer.decision.detected) == ("trajectory", False)
     assert observer.cost.evaluations["probe"] > 0
-    _, observer = run(demo, text_lora, CAT, resisting)
+    _, observer = run(demo, bird_lora, BIRD, resisting)
     assert (observer.decision.stage, observer.decision.detected) == ("text", True)
     assert {one.name for one in observer.decision.statistics} == {"text", "text norm"}
 
 
-def test_text_that_turns_away_from_the_concepts_direction_is_detected_by_its_norm(demo, text_lora):
+def test_text_that_turns_away_from_the_concepts_direction_is_detected_by_its_norm(demo, bird_lora):
     text_probe = pack_module("unguide_comfy.probe.text")
     match = pack_module("unguide_comfy.lora.match").match
-    ((states, options),) = demo.encode(CAT)
-    seen = text_probe.text_map_of(demo.model, match(text_lora.adapter, demo.model.model, "cat").layers)
+    ((states, options),) = demo.encode(BIRD)
+    seen = text_probe.text_map_of(demo.model, match(bird_lora.adapter, demo.model.model, "bird").layers)
     turned = states - 2.0 * (states @ seen.T) @ torch.linalg.pinv(seen).T
-    _, observer = run(demo, text_lora, [[turned, options]], {"resist_adversarial": True}, steps=1)
+    _, observer = run(demo, bird_lora, [[turned, options]], {"resist_adversarial": True}, steps=1)
     assert (observer.decision.statistic, observer.decision.detected) == ("text norm", True)
-    assert not run(demo, text_lora, [[turned, options]], steps=1)[1].decision.detected
+    assert not run(demo, bird_lora, [[turned, options]], steps=1)[1].decision.detected
 
 
 def test_an_adapter_with_a_layer_that_reads_more_than_text_has_no_text_stage(demo, text_lora):
