@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
@@ -17,6 +18,7 @@ from ..unguide_comfy.gate.gate import Branch
 from ..unguide_comfy.lora.match import match
 from ..unguide_comfy.model.key import OURS, base_hash, has_forward_patches
 from ..unguide_comfy.model.task import Task
+from ..unguide_core.adapter import LowRank
 from .log import Log
 from .policy import ERASE, PASS, REFUSE, Policy
 from .refusal import Refused, named
@@ -49,6 +51,8 @@ class Guard:
 
     def __init__(self, policy: Policy):
         self.policy, self.log = policy, Log(policy.log_file)
+        self._matched: WeakKeyDictionary[Any, dict[str, dict[str, LowRank]]] = WeakKeyDictionary()
+        """The adapters' layers by name, as matched with a loaded model."""
         Refused.tell = policy.tell_clients
 
     @contextmanager
@@ -128,12 +132,13 @@ class Guard:
         return "another erasure LoRA" if theirs - ours else None
 
     def _branches(self, model: str, network: Any, gated: bool) -> tuple[Branch, ...]:
-        branches = []
-        for name in self.policy.models[model].adapters:
-            lora = self.policy.loras[model, name]
-            layers = match(lora.adapter, network, name).layers
-            branches.append(Branch(lora, layers, self.policy.adapters[name].settings(gated)))
-        return tuple(branches)
+        loras = {name: self.policy.loras[model, name] for name in self.policy.models[model].adapters}
+        if network not in self._matched:
+            self._matched[network] = {name: match(lora.adapter, network, name).layers for name, lora in loras.items()}
+        layers = self._matched[network]
+        return tuple(
+            Branch(lora, layers[name], self.policy.adapters[name].settings(gated)) for name, lora in loras.items()
+        )
 
     def _rule(self, action: str, what: str, images: int) -> None:
         """Write down what the policy lets pass or refuses. Raises: Refused, where it does."""

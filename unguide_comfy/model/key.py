@@ -25,6 +25,7 @@ _HARMLESS = (OURS, "torch.compile")
 """Keys of wrappers that do not change what the network computes."""
 
 _hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_names: WeakKeyDictionary[Any, bytes] = WeakKeyDictionary()
 _SAMPLED_WEIGHTS = 16
 _SAMPLED_VALUES = 64
 
@@ -41,12 +42,7 @@ def model_key(patcher: Any) -> str:
     digest.update(" ".join(base.__name__ for base in type(sampling).__mro__).encode())
     digest.update(f"{float(sampling.sigma_min):.5g} {float(sampling.sigma_max):.5g}".encode())
     digest.update(str(sorted(_forward_patches(patcher))).encode())
-    weights = unpatched_weights(patcher)
-    names = sorted(weights)
-    for name in names:
-        digest.update(f"{name}{tuple(weights[name].shape)}".encode())
-    for name in names[:: max(1, len(names) // _SAMPLED_WEIGHTS)]:
-        digest.update(_sample(dequantized(weights[name])))
+    digest.update(_named_weights(patcher))
     for name in sorted(patcher.patches):
         for patch in patcher.patches[name]:
             digest.update(f"{name}{patch[0]}{patch[2]}".encode())
@@ -63,6 +59,17 @@ def base_hash(patcher: Any) -> str:
     if patcher.model not in _hashes:
         _hashes[patcher.model] = weights_hash(_each_weight(patcher))
     return _hashes[patcher.model]
+
+
+def _named_weights(patcher: Any) -> bytes:
+    """Names and shapes of all unpatched weights, and samples of some; collected once for a loaded model."""
+    if patcher.model not in _names:
+        weights = unpatched_weights(patcher)
+        names = sorted(weights)
+        said = [f"{name}{tuple(weights[name].shape)}".encode() for name in names]
+        sampled = names[:: max(1, len(names) // _SAMPLED_WEIGHTS)]
+        _names[patcher.model] = b"".join([*said, *(_sample(dequantized(weights[name])) for name in sampled)])
+    return _names[patcher.model]
 
 
 def _each_weight(patcher: Any) -> Iterator[torch.Tensor]:
