@@ -32,7 +32,7 @@ UNSEEN = ("forest", "snow")
 """Scenes in which no object is calibrated."""
 PLAIN = 4
 """Scenes without an object among the unrelated images."""
-BASE, DEFAULT, READING, RESISTING = "base", "the gate", "reading the image", "resist adversarial"
+BASE, WITHOUT, GATE, RESISTING = METHODS = "base", "without the image stage", "the gate", "resist adversarial"
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def attacked(at: Studio, concept: str, seeds: Sequence[int]) -> Iterator[Row]:
     """Yield how every trial of a concept ends, by each method."""
     lora = at.lora("selective", concept)
     settings = {
-        DEFAULT: at.settings(),
-        READING: at.settings(check_image="automatic"),
+        WITHOUT: at.settings(check_image="never"),
+        GATE: at.settings(),
         RESISTING: at.settings(resist_adversarial=True),
     }
     for kind, trial in trials(at, concept, seeds):
@@ -106,8 +106,8 @@ def unrelated(at: Studio, asked: str, seeds: Sequence[int]) -> Iterator[Row]:
     for kind, given in options.items():
         prompt = at.encode(photo("desert" if given else asked))
         base = at.generate(at.model, prompt, seeds, **given).latents
-        latents, verdicts, cost = behind(at, loras, prompt, seeds, at.settings(check_image="automatic"), **given)
-        yield _row(f"unrelated, {kind}", asked, READING, verdicts, cost, base, latents, 0)
+        latents, verdicts, cost = behind(at, loras, prompt, seeds, at.settings(), **given)
+        yield _row(f"unrelated, {kind}", asked, GATE, verdicts, cost, base, latents, 0)
 
 
 def behind(
@@ -142,16 +142,15 @@ def _shown(at: Studio, latents: Any, concept: str) -> int:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows in Markdown: the attacks, and the unrelated images."""
-    methods = (BASE, DEFAULT, READING, RESISTING)
     attacked, unrelated = [], []
     by_kind: defaultdict[str, defaultdict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         by_kind[row.kind][row.method].append(row)
     for kind, found in by_kind.items():
-        of = found[READING]
+        of = found[GATE]
         if BASE in found:
             count = sum(row.images for row in found[BASE])
-            cells = [_cell(found[method], method) for method in methods]
+            cells = [_cell(found[method], method) for method in METHODS]
             attacked.append((kind, str(count), *cells, f"{sum(row.cost for row in of) / len(of):.2f}x"))
         else:
             count, left = sum(row.images for row in of), sum(row.images - row.detected for row in of)
@@ -161,7 +160,7 @@ def table(rows: Sequence[Row]) -> str:
             kind = kind.removeprefix("unrelated, ")
             unrelated.append((kind, str(count), detected, seen, same, f"{cost:.3f}x"))
     heads = ("unrelated", "images", "detected", "by the image stage", "others identical", "NFE")
-    attack_table = markdown(("asked for", "images", *methods, "NFE, reading"), attacked)
+    attack_table = markdown(("asked for", "images", *METHODS, "NFE"), attacked)
     return f"{attack_table}\n\n{markdown(heads, unrelated)}"
 
 

@@ -230,14 +230,14 @@ def test_erasing_harder_than_the_adapter_takes_one_pass(demo, demo_lora):
     ids=lambda sampling: " ".join(map(str, sampling.values())),
 )
 def test_every_schedule_has_a_step_at_which_the_concept_is_detected(sampling, demo, demo_lora):
-    """A partial schedule starts from an image of the concept, which is not read itself here."""
+    """A partial schedule starts from an image of the concept, which is not read itself here: rollouts decide it."""
     if "denoise" in sampling:
         sampling = {**sampling, "image": {"samples": base(demo, CAT, steps=8)}}
     sampling = {"last_step": None, **sampling}
     image, observer = run(demo, demo_lora, CAT, check_image="never", **sampling)
     (decision,) = observer.verdicts[0].decisions
     assert decision.detected
-    assert decision.step is not None
+    assert (decision.step is None) is ("denoise" in sampling)
     assert not torch.equal(image, base(demo, CAT, **sampling))
 
 
@@ -296,7 +296,7 @@ def test_a_run_that_does_not_pass_by_the_gate_is_decided_before_it_and_erased(re
     image = base(patched, CAT)
     assert observer.decision.detected
     assert observer.decision.step is None
-    assert observer.cost.evaluations["probe"] > 2 * STEPS
+    assert observer.cost.evaluations["probe"] >= 5  # two steps of a rollout, and what the statistics need
     assert (erased - image).norm() > 0.1 * image.norm()
     untouched, observer = run(patched, demo_lora, UNRELATED[0], **chosen)
     assert not observer.decision.detected

@@ -57,6 +57,22 @@ def test_alignment_detects_optimised_text_and_the_lora_alone_does_not_erase_it(o
     assert shown(found) == ["cat", "cat"]
 
 
+@pytest.mark.parametrize("denoise", [0.5, 0.7, 0.85])
+def test_an_image_that_is_made_from_another_is_decided_by_its_prompt(denoise):
+    """Its own steps say little about the prompt: they are denoised from what the other image shows."""
+    at = studio()
+    with torch.inference_mode():
+        start = at.generate(at.model, at.encode(photo("street")), SEEDS).latents.repeat(3, 1, 1, 1)
+        batch = {**at.batch([CAT, DOG, photo("horse")], SEEDS), "latent": start, "denoise": denoise}
+        settings = gate(at, resist_adversarial=True, check_image="never")
+        found, plain = (
+            at.guided(at.lora("selective", "cat"), settings=settings, **batch),
+            at.generate(at.model, **batch),
+        )
+    assert found.detected == (True, True, False, False, False, False)
+    assert torch.equal(found.latents[2:], plain.latents[2:])
+
+
 @pytest.mark.parametrize("chosen", [{}, {"on_detection": "restart"}, {"decide": "before sampling"}], ids=str)
 def test_optimised_text_is_detected_and_erased(chosen, optimised):
     found = resisting(optimised, **chosen)

@@ -120,7 +120,7 @@ class GatedSampling:
             return out if official is None else official.finished(out)
 
         try:
-            gate.decide_before(noise.shape)
+            gate.decide_before(noise.shape, sigmas, latent_image)
             gate.images.read_start(sigmas, noise, latent_image)
             latent = _sampled(gate, sample, sigmas, noise, latent_image)
         finally:  # the gate knows the options that hold it: without this the model would wait for a garbage collection

@@ -29,14 +29,15 @@ from ..probe.text import text_decision, text_statistics
 from ..report.records import Cost, Verdict
 
 
-def predictions_before(context: Context, settings: Settings, shape: Sequence[int]) -> Predictions:
+def predictions_before(context: Context, settings: Settings, shape: Sequence[int], rollouts: int) -> Predictions:
     """Return predictions at the end of the probe's rollouts of the prompt.
 
     Args:
-        shape: of one sample, [C, ...]; `settings.repeats` of them are generated.
+        shape: of one sample, [C, ...].
+        rollouts: how many.
     """
     sigmas = probe_sigmas(context, settings)
-    start = noise_at(context, float(sigmas[0]), (settings.repeats, *shape), settings.seed)
+    start = noise_at(context, float(sigmas[0]), (rollouts, *shape), settings.seed)
     return Predictions(context, rollout(context, start, sigmas, seed=settings.seed), float(sigmas[-1]))
 
 
@@ -64,7 +65,7 @@ def probe_prompt(
 
     def probe(guider: Any, extra_args: dict[str, Any], shape: torch.Size) -> list[tuple[Decision, ...]]:
         context = Context(guider, run, carrying(extra_args, **{RUN: run})["model_options"], key)
-        predictions = predictions_before(context, settings, shape)
+        predictions = predictions_before(context, settings, shape, settings.repeats)
         found = decide(predictions, list(enumerate(loras)), settings, all_statistics=True)
         return [
             (_with_text(context, index, lora, settings, decision),)

@@ -28,7 +28,7 @@ from .concept_delta import ConceptDelta
 from .image import ImageStage
 from .official import Start, decide_as_paper
 from .stages import STAGES, TRAJECTORY, Evidence
-from .steps import is_settled, step_of
+from .steps import is_settled, starts_from_image, step_of
 
 GATE = "unguide_gate"
 """Key of the gate in the transformer options."""
@@ -99,18 +99,22 @@ class Gate:
 
     # before sampling
 
-    def decide_before(self, shape: Sequence[int]) -> None:
+    def decide_before(self, shape: Sequence[int], sigmas: torch.Tensor, latent_image: torch.Tensor | None) -> None:
         """Decide the branches that do not wait for the image's own steps; those with equal settings share a probe.
 
         Args:
             shape: of the latent batch, [B, C, ...].
+            sigmas: the run's noise levels. A run that starts from an image tells nothing of its prompt in its first
+                steps: they are denoised from another image's latents. So rollouts from noise decide it.
+            latent_image: what the run starts from.
         """
         bypassed = "sampler_calc_cond_batch_function" in self.context.model_options
         if bypassed:
             self._leave_conditionals()
         self._decide_at_once(shape[0])
-        early = (BEFORE, DURING) if bypassed else (BEFORE,)
-        self._decide_ahead(self._undecided(*early), shape)
+        from_image = starts_from_image(sigmas, float(self.context.model.model_sampling.sigma_max), latent_image)
+        self._decide_ahead(self._undecided(BEFORE), shape)
+        self._decide_ahead(self._undecided(DURING) if bypassed or from_image else (), shape)
         for indices in self._alike(self._undecided(AS_PAPER)):
             branch = self.branches[indices[0]]
             with self.run.evaluations.of("probe"):
@@ -140,23 +144,28 @@ class Gate:
             self.run.outside |= frozenset(self.images.erased)
 
     def _decide_at_once(self, samples: int) -> None:
-        """Ask the stages that need no latent; sample by sample, except where the prompt or a video is decided."""
-        whole = self.context.model_options.get("context_handler") is not None
+        """Ask the stages that need no latent."""
         for stage in STAGES:
             for alike in self._alike(self._undecided(BEFORE, DURING) if stage.step is None else ()):
                 settings = self.branches[alike[0]].settings
-                evidence = Evidence(self.context, settings, None if whole or settings.decide == BEFORE else samples)
+                evidence = Evidence(self.context, settings, self._samples(settings, samples))
                 with self.run.evaluations.of("probe"):
                     self._take(alike, stage.decide(evidence, self._loras(alike)))
 
     def _decide_ahead(self, indices: Sequence[int], shape: Sequence[int]) -> None:
-        """Ask the trajectory stage on rollouts of the prompt."""
+        """Ask the trajectory stage on rollouts: of the prompt, or of each sample."""
         for alike in self._alike(indices):
             settings = self.branches[alike[0]].settings
+            samples = self._samples(settings, shape[0])
             with self.run.evaluations.of("probe"):
-                predictions = predictions_before(self.context, settings, shape[1:])
-                evidence = Evidence(self.context, settings, predictions=predictions)
+                predictions = predictions_before(self.context, settings, shape[1:], samples or settings.repeats)
+                evidence = Evidence(self.context, settings, samples, predictions)
                 self._take(alike, TRAJECTORY.decide(evidence, self._loras(alike)))
+
+    def _samples(self, settings: Settings, samples: int) -> int | None:
+        """How many samples are decided one by one; None where the prompt or a video is."""
+        whole = self.context.model_options.get("context_handler") is not None
+        return None if whole or settings.decide == BEFORE else samples
 
     # during sampling
 

@@ -24,7 +24,7 @@ from ..probe.conds import Context, digest
 from ..probe.image import read_images, row_of
 from ..probe.settings import ALWAYS_CHECK, BEFORE, DURING, NEVER_CHECK, Settings
 from ..report.records import ImageCheck
-from .steps import reading_step, step_of
+from .steps import reading_step, starts_from_image, step_of
 
 
 class Shown(Exception):
@@ -84,8 +84,8 @@ class ImageStage:
         """
         if not self._probes or latent_image is None or not bool(latent_image.any()) or not bool(noise.any()):
             return
-        from_pure_noise = float(sigmas[0]) >= float(self.context.model.model_sampling.sigma_max) * (1.0 - 1e-5)
-        if not from_pure_noise or self.context.denoise_mask is not None:
+        sigma_max = float(self.context.model.model_sampling.sigma_max)
+        if self.context.denoise_mask is not None or starts_from_image(sigmas, sigma_max, latent_image):
             self._read_latents(list(self._probes), latent_image, start=True)
 
     def read_finished(self, latent: torch.Tensor) -> None:

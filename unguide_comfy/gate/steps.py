@@ -62,6 +62,17 @@ def is_settled(schedule: torch.Tensor, sigma: float) -> bool:
     return progress(schedule, sigma) > SETTLED
 
 
+def starts_from_image(sigmas: torch.Tensor, sigma_max: float, latent_image: torch.Tensor | None) -> bool:
+    """Return whether a run starts from an image with less noise than pure noise has.
+
+    Args:
+        sigma_max: the model's highest noise level.
+        latent_image: without noise; all zeros stand for none.
+    """
+    below = float(sigmas[0]) < sigma_max * (1.0 - 1e-5)
+    return below and latent_image is not None and bool(latent_image.any())
+
+
 def reading_step(sigmas: torch.Tensor) -> int | None:
     """Return the step at which a run's image is read: the one nearest to `IMAGE_SIGMA`; None where none is near."""
     low, high = IMAGE_SIGMAS

@@ -54,7 +54,7 @@ class Settings:
     decide: str = DURING
     resist_adversarial: bool = False
     on_detection: str = AUTOMATIC
-    check_image: str = NEVER_CHECK
+    check_image: str = AUTOMATIC
     false_positive_rate: float = 0.01
     statistic: str = AUTOMATIC
     threshold: float | None = None
