@@ -135,6 +135,7 @@ def _instant(parser: ArgumentParser) -> None:
     _jobs(parser, 1)
     parser.add_argument("--start", action="store_true", help="measure closed form as a start for training instead")
     _json(parser)
+    _markdown(parser, "docs/closed-form.md")
 
 
 def _bench(parser: ArgumentParser) -> None:

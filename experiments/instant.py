@@ -42,7 +42,7 @@ class Row:
 
     Args:
         gated: whether behind the gate.
-        seconds, evaluations: to make the adapter; for the trained ones None and what their metadata says.
+        seconds, evaluations: to make the adapter; None for the trained ones, whose metadata may say neither.
         acc_e, acc_g, scenes: of the concept by name, by synonyms and in scenes, that still show it.
         acc_s: of the other classes that show what they should; `differing` that are not the base model's, bit for bit.
         scene_kept: of images in scenes whose scene is there, where the base model shows it.
@@ -53,7 +53,7 @@ class Row:
     gated: bool
     concept: str
     seconds: float | None
-    evaluations: int
+    evaluations: int | None
     acc_e: float
     acc_g: float
     scenes: float
@@ -177,7 +177,7 @@ def row(kind: str, concept: str, seeds: tuple[int, ...], generate: Generate | No
         gated,
         concept,
         seconds,
-        0 if lora is None else int(lora.adapter.card.settings.get("evaluations", -1)),
+        0 if lora is None else lora.adapter.card.settings.get("evaluations"),
         acc_e=shown(images, ERASED),
         acc_g=shown(images, SYNONYM),
         scenes=shown(images, SCENE),
@@ -271,14 +271,14 @@ def table(rows: Sequence[Row]) -> str:
         mine = [one for one in rows if (one.adapter, one.gated) == (kind, gated)]
         cells = [_mean([getattr(one, name) for one in mine]) for name in COLUMNS]
         how = "" if kind == "base" else "behind the gate" if gated else "alone"
-        evaluations = "-" if kind == "base" else f"{fmean(one.evaluations for one in mine):.0f}"
+        evaluations = "-" if kind == "base" else _mean([one.evaluations for one in mine], "{:.0f}")
         lines.append((kind, how, evaluations, *cells))
     return markdown(("adapter", "", "NFE to make", *COLUMNS), lines)
 
 
-def _mean(values: Sequence[float | None]) -> str:
+def _mean(values: Sequence[float | None], form: str = "{:.1f}") -> str:
     known = [value for value in values if value is not None]
-    return f"{fmean(known):.1f}" if known else "-"
+    return form.format(fmean(known)) if known else "-"
 
 
 def run(options: Namespace) -> None:
@@ -299,9 +299,9 @@ def run(options: Namespace) -> None:
                 rows += found
     content = {"rows": [asdict(one) for one in rows], "joint": joints, "costs": spent}
     keep(options.json, {**content, "seed": options.seed, "seeds": options.seeds})
-    lines = [f"{name}: {seconds:.2f} s" for name, seconds in spent.items()]
+    lines = [f"* {name}: {seconds:.2f} s" for name, seconds in spent.items()]
     lines += [
-        f"{one['concepts']:.0f} concepts in one adapter of rank {one['rank']:.0f}, alone: {one['shown']:.1f} % "
+        f"* {one['concepts']:.0f} concepts in one adapter of rank {one['rank']:.0f}, alone: {one['shown']:.1f} % "
         f"still shown, others right {one['acc_s']:.1f} %"
         for one in joints
     ]
@@ -310,4 +310,4 @@ def run(options: Namespace) -> None:
             f"\nPercent of images, means over {len(options.concept)} concepts, {options.seeds} images per prompt from "
             f"seed {options.seed} on, {STEPS} steps.\n\n{table(rows)}"
         )
-    publish("\n".join(lines))
+    publish("\n".join(lines), options.markdown, "instant")
