@@ -218,7 +218,7 @@ PROBE = Template(
             """
 ## Probe first, then sample
 
-**Stability Probe** decides before any sampling whether the prompt carries the erased concept.
+**Stability Probe** decides before any sampling whether the prompt asks for the erased concept.
 
 - *decision* goes to **UnGuide**, which uses it instead of a probe of its own.
 - *weight*, *score* and *detected* are plain values for other nodes: a switch, a filter, a log.

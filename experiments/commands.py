@@ -82,7 +82,10 @@ def _gate(parser: ArgumentParser) -> None:
     _json(parser, "where to write the figures and every score")
     _markdown(parser, "docs/gate.md")
     parser.add_argument(
-        "--diagram", type=Path, metavar="FILE", help="where to draw the cascade with the first set's figures (PNG)"
+        "--diagram",
+        type=Path,
+        metavar="FILE",
+        help="where to write the diagram of the cascade with the first set's figures (PNG)",
     )
 
 

@@ -158,7 +158,7 @@ def read(file: Path) -> Policy:
 def load(file: Path) -> Policy:
     """Return a policy with its adapters and prompts.
 
-    Raises: as `read`; ValueError for a wrong hash or missing prompts; AdapterError for a file that is no adapter.
+    Raises: as `read`; ValueError for a wrong hash or missing prompts; AdapterError for a file that is not an adapter.
     """
     policy = read(file)
     prompts = load_prompts(prompts_file(policy.file))

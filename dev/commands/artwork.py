@@ -1,4 +1,4 @@
-"""`python3 dev artwork`: draws the registry's icon and banner."""
+"""`python3 dev artwork`: writes the registry's icon and banner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dev.report import Progress
 from dev.tools import run_child
 from dev.workspace import PACK
 
-SUMMARY = "draw docs/icon.png and docs/banner.png for the registry"
+SUMMARY = "write docs/icon.png and docs/banner.png for the registry"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
