@@ -173,18 +173,17 @@ def generate_attacks(plan: Plan, concept: str) -> None:
 def generate_few_steps(plan: Plan, concept: str) -> None:
     """Generate, judge and write a concept's images of few steps, behind the gates of several sets.
 
-    And what a perfect eraser would leave: the base model's images of the reference prompt, of which the judge takes
-    some for the concept where one step has to do. A record's kind is the number of steps.
+    The base model's images of the reference prompt stand beside them: one step gives a blur, which the judge takes for
+    one class or another. A record's kind is the number of steps.
     """
     studio_, records = knowing(plan, concept), []
     seeds = plan.seeds[:FEW_SEEDS]
     own = [one for one in asked(concept) if one.kind != OTHER]
     batch = studio_.batch([one.prompt for one in own], seeds)
-    reference = studio_.batch([photo(REFERENCES[concept])] * len(own), seeds)
+    plain = {BASE: batch, REPLACED: studio_.batch([photo(REFERENCES[concept])] * len(own), seeds)}
     with torch.inference_mode():
         for steps in FEW:
             kind = f"{steps} step{'s' * (steps > 1)}"
-            plain = {BASE: batch, REPLACED: reference}
             runs = {method: studio_.generate(studio_.model, **given, steps=steps) for method, given in plain.items()}
             for of in FEW_SETS:
                 lora = studio_.lora(of, concept)

@@ -77,11 +77,11 @@ def blended_prediction(
         return _unblended(call, run.predicting)
     run.evaluations.ask(len(x))
     active = run.active()
-    if not active and run.features is None:  # the host's own call, as it is
-        run.evaluations.count(len(x), adapted=0)
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     if not active:
-        return call.forward(call.whole(None))
+        if run.features is not None:
+            return call.forward(call.whole(None))
+        run.evaluations.count(len(x), adapted=0)  # nothing to change or to read: the host's own call, as it is
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     weights = [run.weights[i] for i in active]
     if any(isinstance(weight, torch.Tensor) for weight in weights):
         return _blended_by_sample(call, active)

@@ -83,7 +83,7 @@ class Gate:
             if branch.decision is not None:
                 self._take([index], [(branch.decision,)])
         self._sigmas = torch.zeros(1)
-        self._bypassed = False
+        self._bypassed = self._from_image = False
         self._next: dict[tuple[str, int], int] = {}
         """The step at which a stage is asked for a branch, by the stage's name and the branch."""
         self._restarted = False
@@ -112,9 +112,9 @@ class Gate:
         if bypassed:
             self._leave_conditionals()
         self._decide_at_once(shape[0])
-        from_image = starts_from_image(sigmas, float(self.context.model.model_sampling.sigma_max), latent_image)
-        self._decide_ahead(self._undecided(BEFORE), shape)
-        self._decide_ahead(self._undecided(DURING) if bypassed or from_image else (), shape)
+        sigma_max = float(self.context.model.model_sampling.sigma_max)
+        self._from_image = starts_from_image(sigmas, sigma_max, latent_image)
+        self._decide_ahead(self._undecided(*((BEFORE, DURING) if bypassed or self._from_image else (BEFORE,))), shape)
         for indices in self._alike(self._undecided(AS_PAPER)):
             branch = self.branches[indices[0]]
             with self.run.evaluations.of("probe"):
@@ -238,12 +238,13 @@ class Gate:
     # the decisions
 
     def _open(self) -> list[int]:
-        """The branches that decide during sampling and still wait for a decision, or may be probed again."""
+        """The branches that decide at the run's own steps and wait for a decision, or may be probed again."""
         return [
             index
             for index, branch in enumerate(self.branches)
             if branch.settings.decide == DURING
             and branch.decision is None
+            and not self._from_image
             and (
                 not self._is_decided(index)
                 or (branch.settings.recheck_every and not all(map(_is_detected, self.decisions[index])))
