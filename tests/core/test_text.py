@@ -86,8 +86,10 @@ def scores(own: tuple[float, float], others: tuple[float, float]) -> Scores:
 
 def test_the_thresholds_lie_between_the_two_kinds_of_prompts():
     lower, upper = scores((0.8, 1.1), (0.0, 0.4)).thresholds(0.01)
-    assert lower == pytest.approx(0.4 * (1.0 - 0.01), abs=0.001)
-    assert upper == pytest.approx(math.sqrt(lower * 0.8), abs=0.01)
+    others, concept = 0.4 * (1.0 - 0.01), 0.8 + 0.3 * 0.01
+    assert others < lower < upper < concept
+    assert lower / others == pytest.approx(concept / upper, abs=0.01)
+    assert upper / lower == pytest.approx(math.sqrt(concept / others), abs=0.01)
 
 
 def test_the_lower_threshold_is_above_zero_where_other_prompts_score_below_it():

@@ -41,7 +41,8 @@ def with_scores(lora: Any, lower: float, upper: float) -> Any:
     """An erasure LoRA whose text stage has other thresholds."""
     calibration = lora.adapter.card.calibration
     spread = {"mean": 0.0, "std": 0.0, "count": 9}
-    others, concept = ({**spread, "tail": [value] * 6} for value in (lower, upper * upper / lower))
+    beyond = (lower / upper) ** 0.5
+    others, concept = ({**spread, "tail": [value] * 6} for value in (lower * beyond, upper / beyond))
     text = {**calibration["text"], "text": {"concept": concept, "others": others}}
     card = replace(lora.adapter.card, calibration={**calibration, "text": text})
     return replace(lora, adapter=replace(lora.adapter, card=card))
@@ -73,8 +74,19 @@ def test_a_single_step_is_decided_before_it(demo, text_lora):
     assert observer.cost.total == observer.cost.plain
 
 
+def test_where_nothing_else_is_calibrated_the_text_decides_alone(demo, text_lora):
+    between = with_scores(text_lora, 0.03, 9.0)
+    calibration = {**between.adapter.card.calibration, "levels": {}}
+    card = replace(between.adapter.card, calibration=calibration)
+    alone = replace(between, adapter=replace(between.adapter, card=card))
+    image, observer = run(demo, alone, CAT, {"check_image": "never"})
+    assert torch.equal(image, sampled(demo.model, demo.encode(CAT), demo))
+    assert (observer.decision.stage, observer.decision.detected) == ("text", False)
+    assert observer.cost.total == observer.cost.plain
+
+
 def test_a_prompt_between_the_thresholds_is_decided_by_the_trajectory_as_without_a_text_stage(demo, text_lora):
-    between = with_scores(text_lora, 0.01, 9.0)
+    between = with_scores(text_lora, 0.03, 9.0)
     for prompt in (CAT, UNRELATED[0]):
         image, observer = run(demo, between, prompt)
         expected, without = run(demo, without_text(text_lora), prompt)
@@ -125,7 +137,7 @@ def test_a_batch_whose_samples_different_stages_decide_keeps_the_text_stages_dec
 
 
 def test_each_of_several_adapters_is_decided_by_the_first_stage_that_can(demo, text_lora):
-    dog = with_scores(load("selective", "dog", demo), 0.01, 9.0)
+    dog = with_scores(load("selective", "dog", demo), 0.03, 9.0)
     _, observer = run(demo, (text_lora, dog, load("selective", "ship", demo)), UNRELATED[0])
     assert [verdict.decision.stage for verdict in observer.verdicts] == ["text", "trajectory", "text"]
     assert [verdict.decision.detected for verdict in observer.verdicts] == [False, True, False]

@@ -23,10 +23,14 @@ import torch
 from torch import Tensor
 
 from ..adapter.lowrank import LowRank
-from .spread import LEAST, TAIL_RATES, Spread, joint_rate, threshold
+from .spread import LEAST, TAIL_RATES, Spread, joint_rate
 
 WIDTH_LIMIT = 1 << 14
 """The widest text states that a card may name; the widest known model's have 4096."""
+
+LOWER, UPPER = 0.25, 0.75
+"""Where the two thresholds lie, as fractions of the way (in the logarithm) from the scores of other prompts to the
+concept's."""
 
 
 def text_map(layers: Sequence[LowRank], norms: Sequence[float]) -> Tensor:
@@ -109,18 +113,20 @@ class Scores:
     def thresholds(self, false_positive_rate: float, adapters: int = 1) -> tuple[float, float] | None:
         """Return the two thresholds: below the first the concept is absent, from the second on it is there.
 
-        The first is the score that the accepted share of the other prompts exceeds. The second, `spread.threshold`,
-        lies half way (in the logarithm) from there to the concept's weakest prompts. None where the statistic does
-        not separate, which is where the accepted false positives score as high as these.
+        Between the score that the accepted share of the other prompts exceeds and the score that all but this share
+        of the concept's prompts reach, they are at the fractions `LOWER` and `UPPER` of the way. None where the
+        statistic does not separate, which is where the accepted false positives score as high as the concept's
+        weakest prompts.
 
         Args:
             false_positive_rate: accepted for one image.
             adapters: on the model, which share that rate, see `spread.joint_rate`.
         """
-        lower = max(self.others.beyond(joint_rate(false_positive_rate, adapters)), LEAST)
-        if self.concept.beyond(TAIL_RATES[0]) <= lower:
+        others = max(self.others.beyond(joint_rate(false_positive_rate, adapters)), LEAST)
+        if self.concept.beyond(TAIL_RATES[0]) <= others:
             return None
-        return lower, threshold(self.concept, self.others, false_positive_rate, adapters)
+        way = self.concept.beyond(false_positive_rate) / others
+        return others * way**LOWER, others * way**UPPER
 
 
 @dataclass(frozen=True)
