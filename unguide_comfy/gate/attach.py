@@ -17,7 +17,7 @@ from ...unguide_core.probe import Decision
 from ..blend.state import RUN, Run
 from ..blend.wrapper import blending, carrying
 from ..lora.load import ErasureLora
-from ..lora.match import match
+from ..lora.match import Matcher
 from ..model.key import OURS, model_key
 from ..probe.baseline import hash_ahead
 from ..probe.conds import Context
@@ -66,8 +66,9 @@ def guided(
     clone = blending(model)
     if decisions is not None:
         _check_decisions(decisions, loras, clone)
+    matcher = Matcher(clone.model)
     branches = [
-        Branch(lora, match(lora.adapter, clone.model, lora.name).layers, settings, decision, start, node)
+        Branch(lora, matcher.match(lora.adapter, lora.name).layers, settings, decision, start, node)
         for lora, decision in zip(loras, decisions or [None] * len(loras), strict=True)
     ]
     for kind, wrapper in gate_wrappers(GatedSampling((*earlier, *branches), observer)).items():

@@ -16,7 +16,7 @@ from ...unguide_core.probe import Decision
 from ..blend.state import RUN, Run
 from ..blend.wrapper import blending, carrying
 from ..lora.load import ErasureLora
-from ..lora.match import match
+from ..lora.match import Matcher
 from ..model.key import model_key
 from ..model.task import run_on_model
 from ..probe.baseline import hash_ahead
@@ -61,7 +61,8 @@ def probe_prompt(
     base = blending(model)
     hash_ahead(base, loras)
     key = model_key(base)
-    run = Run(tuple(loras), tuple(match(lora.adapter, base.model, lora.name).layers for lora in loras))
+    matcher = Matcher(base.model)
+    run = Run(tuple(loras), tuple(matcher.match(lora.adapter, lora.name).layers for lora in loras))
 
     def probe(guider: Any, extra_args: dict[str, Any], shape: torch.Size) -> list[tuple[Decision, ...]]:
         context = Context(guider, run, carrying(extra_args, **{RUN: run})["model_options"], key)

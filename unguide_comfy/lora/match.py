@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -56,31 +57,56 @@ class Match:
 
 
 def match(adapter: Adapter, model: torch.nn.Module, name: str) -> Match:
-    """Return how the adapter fits `model` (a host `BaseModel`).
+    """Return how the adapter fits `model` (a host `BaseModel`); `Matcher` does the same for many.
 
-    Raises: AdapterError if a layer has another shape than the model's, if none has a counterpart, or if some have none
-        and the adapter is not `partial`. Nothing is left out silently.
+    Raises: as `Matcher.match`.
     """
-    key_map = comfy.lora.model_lora_keys_unet(model, {})
-    modules = dict(model.named_modules())
-    placed: dict[str, list[tuple[Place, str]]] = {}
-    lacking: list[str] = []
-    for layer in adapter.layers:
-        place = place_of(key_map, layer)
-        if place is None or place.path not in modules:
-            lacking.append(layer)
-        else:
-            placed.setdefault(place.path, []).append((place, layer))
-    total = len(adapter.layers)
-    if lacking and (not placed or not adapter.partial):
-        raise AdapterError(
-            f"erasure LoRA {name!r} matches {total - len(lacking)} of {total} layers of this model "
-            f"({type(model).__name__}); without a counterpart are {_listed(lacking)}: it was made for another "
-            "architecture; load an erasure LoRA made for this model, or the checkpoint that this one was made for"
-            + ("" if not placed else ", or allow partial matches in Load Erasure LoRA")
-        )
-    layers = {path: _layer(adapter, parts, modules[path], path, name) for path, parts in placed.items()}
-    return Match(layers, total - len(lacking), tuple(lacking), tuple(_untouched(layers, modules)))
+    return Matcher(model).match(adapter, name)
+
+
+class Matcher:
+    """Fits adapters to one model, a host `BaseModel`."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.family = type(model).__name__
+        self.key_map = comfy.lora.model_lora_keys_unet(model, {})
+        self.modules = dict(model.named_modules())
+
+    def match(self, adapter: Adapter, name: str) -> Match:
+        """Return how the adapter fits the model.
+
+        Raises: AdapterError if a layer has another shape than the model's, if none has a counterpart, or if some have
+            none and the adapter is not `partial`. Nothing is left out silently.
+        """
+        placed: dict[str, list[tuple[Place, str]]] = {}
+        lacking: list[str] = []
+        for layer in adapter.layers:
+            place = place_of(self.key_map, layer)
+            if place is None or place.path not in self.modules:
+                lacking.append(layer)
+            else:
+                placed.setdefault(place.path, []).append((place, layer))
+        total = len(adapter.layers)
+        if lacking and (not placed or not adapter.partial):
+            raise AdapterError(
+                f"erasure LoRA {name!r} matches {total - len(lacking)} of {total} layers of this model "
+                f"({self.family}); without a counterpart are {_listed(lacking)}: it was made for another "
+                "architecture; load an erasure LoRA made for this model, or the checkpoint that this one was made for"
+                + ("" if not placed else ", or allow partial matches in Load Erasure LoRA")
+            )
+        layers = {path: _layer(adapter, parts, self.modules[path], path, name) for path, parts in placed.items()}
+        return Match(layers, total - len(lacking), tuple(lacking), tuple(self._untouched(layers)))
+
+    def _untouched(self, layers: Mapping[str, LowRank]) -> list[str]:
+        kinds = {_kind(path) for path in layers}
+        return [path for path, kind in self._kinds.items() if path not in layers and kind in kinds]
+
+    @cached_property
+    def _kinds(self) -> dict[str, str]:
+        """The kind of each module that has a weight."""
+        return {
+            path: _kind(path) for path, module in self.modules.items() if getattr(module, "weight", None) is not None
+        }
 
 
 def place_of(key_map: Mapping[str, Any], layer: str) -> Place | None:
@@ -162,15 +188,6 @@ def _require_apart(parts: Sequence[tuple[Place, str]], rows: int, path: str, nam
                 f"erasure LoRA {name!r} has two layers for {path!r} of this model, {one!r} and {other!r}; keep one "
                 "adapter in the file"
             )
-
-
-def _untouched(layers: Mapping[str, LowRank], modules: Mapping[str, torch.nn.Module]) -> list[str]:
-    kinds = {_kind(path) for path in layers}
-    return [
-        path
-        for path, module in modules.items()
-        if path not in layers and _kind(path) in kinds and getattr(module, "weight", None) is not None
-    ]
 
 
 def _kind(path: str) -> str:

@@ -30,7 +30,7 @@ from ...unguide_core.training.prompts import OTHER_PROMPTS, names_a_word
 from ..blend.state import RUN, Run
 from ..blend.wrapper import bare, blending, carrying
 from ..lora.load import Conditioning, ErasureLora, encoder
-from ..lora.match import match
+from ..lora.match import Matcher, match
 from ..model.key import matches_model, model_key
 from ..model.task import run_on_model
 from .batch import alike, batches, joined
@@ -169,7 +169,8 @@ def _on_model(
             )
     base = blending(model)
     key = model_key(base)
-    run = Run(tuple(loras), tuple(match(lora.adapter, base.model, lora.name).layers for lora in loras))
+    matcher = Matcher(base.model)
+    run = Run(tuple(loras), tuple(matcher.match(lora.adapter, lora.name).layers for lora in loras))
     guider = comfy.samplers.CFGGuider(base)
     guider.set_conds(loras[0].neutral, negative)
     guider.set_cfg(settings.cfg)
