@@ -23,7 +23,7 @@ from unguide_bench.scores import BASE, JudgedImage, as_json, shares_by_kind
 
 FIRST_SEED = 600_000
 """Seeds from here on serve no other measurement, no choice, no training and no calibration."""
-SEEDS, QUICK_SEEDS = 10, 3
+SEEDS, QUICK_SEEDS = 5, 3
 ATTACKED = 4
 """So many of the concepts are attacked: an attack takes longer than all other images of a concept and method."""
 QUICK = (

@@ -16,7 +16,7 @@ Method = Callable[[Studio, str, str, Sequence[int]], Generated]
 """Generates: studio, the erased concept, the prompt, seeds."""
 
 SETS = ("paper", "selective")
-STRENGTHS = (0.5, 1.0, 2.0)
+STRENGTHS = (1.0, 2.0)
 DURING, BEFORE, AS_PAPER = DECIDE = ("during sampling", "before sampling", "as the paper")
 NEGATIVE, REPLACED = "negative prompt", "replaced prompt"
 PAPER_REPEATS, PAPER_PROBE_STEPS = 10, 2
@@ -33,7 +33,6 @@ def alone(kind: str, strength: float) -> str:
     return f"LoRA {strength:g} ({kind})"
 
 
-RESTARTED = gated("selective", change="restart")
 STRONGER = gated("paper", change="weight -1")
 DOUBLED = gated("paper", change="strength 2")
 
@@ -46,7 +45,6 @@ def methods() -> dict[str, Method]:
         every |= {gated(kind, decide): _gated(kind, decide=decide) for decide in reversed(DECIDE)}
     for kind in (PRESET, CLOSED_FORM):
         every |= {alone(kind, 1.0): _alone(kind, 1.0), gated(kind): _gated(kind)}
-    every[RESTARTED] = _gated("selective", on_detection="restart")
     every[DOUBLED] = _gated("paper", 2.0)
     return every | {STRONGER: _gated("paper", weight_detected=-1.0)}
 

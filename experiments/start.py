@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from demo.erasure import Learner
 from demo.narrow import LATENT
 from experiments.narrow import plain_narrow_model, with_prefix
 from experiments.runner import keep, publish, results, workers
-from experiments.studio import studio
-from experiments.training import COLUMNS, alone, erasure_lora
+from experiments.studio import asked_in_scenes, studio
+from experiments.training import COLUMNS, FIRST_SEED, alone, erasure_lora
+from unguide_bench.scores import percent
 from unguide_bench.tables import markdown
 from unguide_core.adapter import Adapter, LowRank
 from unguide_core.closed_form import ClosedForm
@@ -31,7 +33,9 @@ from unguide_core.vocabulary import Edit, kept_prompts
 CONCEPTS = ("cat", "airplane", "horse")
 CHECK = 10
 STARTS = {"from scratch": None, "closed form, eta 0": 0.0, "closed form, eta 1": 1.0}
-STOPS = (10, 100)
+SCENE_KEPT = "scene kept"
+SHOWN = (*COLUMNS, SCENE_KEPT)
+STOPS = (10, 20, 100)
 """Iterations after which images are judged; the preset's are the last."""
 
 
@@ -55,8 +59,14 @@ def measured_starts(concept: str, images: int) -> list[dict[str, Any]]:
 @torch.inference_mode()
 def shown(concept: str, layers: Any, images: int) -> dict[str, float]:
     """Return what images by an adapter alone show, in percent."""
-    lora = erasure_lora(studio(), concept, Adapter(with_prefix(layers)))
-    return alone(studio(), concept, lora, images)
+    at, scenes, seeds = studio(), asked_in_scenes(concept), range(FIRST_SEED, FIRST_SEED + images)
+    lora = erasure_lora(at, concept, Adapter(with_prefix(layers)))
+    batch = at.batch([one.prompt for one in scenes], seeds)
+    base = at.generate(at.model, **batch).latents
+    made = at.generate(at.merged(lora), **batch)
+    judged, _ = at.judge("", concept, scenes, seeds, made, (base, at.images(base)))
+    kept = percent([one.scene_kept for one in judged if one.scene_kept is not None])
+    return {**alone(at, concept, lora, images), SCENE_KEPT: kept}
 
 
 def started(concept: str, eta: float | None) -> Any:
@@ -100,13 +110,13 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append((name, str(iteration), str(evaluations), losses, _means(images)))
         if first := [row["images"]["0"] for row in mine if "0" in row["images"]]:
             lines.append((name, "0", "0", "", _means(first)))
-    return markdown(("start", "iterations", "evaluations", "held-out loss", " / ".join(COLUMNS)), lines)
+    return markdown(("start", "iterations", "evaluations", "held-out loss", " / ".join(SHOWN)), lines)
 
 
 def _means(images: list[Any]) -> str:
     if None in images:
         return ""
-    return " / ".join(f"{sum(one[name] for one in images) / len(images):.0f}" for name in COLUMNS)
+    return " / ".join(f"{fmean(one[name] for one in images):.0f}" for name in SHOWN)
 
 
 def run(options: Namespace) -> None:
