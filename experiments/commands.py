@@ -26,8 +26,6 @@ VARIANTS = (
     "generous",
 )
 """Ablations of the recipe of training."""
-SHIPPED = {"shipped paper": "paper", "shipped selective": "selective"}
-"""The shipped sets, measured as what was trained."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def _benchmark(parser: ArgumentParser) -> None:
 
 def _training(parser: ArgumentParser) -> None:
     _concepts(parser)
-    ways = (*WAYS, *VARIANTS, *SHIPPED)
+    ways = (*WAYS, *VARIANTS)
     parser.add_argument("--way", nargs="+", choices=ways, default=WAYS, help="default: the first three")
     parser.add_argument("--seed", nargs="+", type=int, default=[0], help="of training, one or more (default: 0)")
     parser.add_argument("--images", type=int, default=10, help="per prompt (default: %(default)s)")

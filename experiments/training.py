@@ -1,10 +1,9 @@
 """Trains the demo's ten concepts in each way, and measures what the adapters erase and keep, alone and gated.
 
 The ways are the node and unguide_train with their defaults, the official loop by the node, and the selective recipe
-with one part left out at a time (the ablation); beside them the shipped sets, which are not trained again. All on the
-narrow demo model, which computes what the shipped checkpoint computes. Of each adapter, images of the concept's name,
-its synonyms, the concept in three scenes and the nine other classes: percent that show what was asked for. Run by
-`python3 dev training`.
+with one part left out at a time (the ablation). All on the narrow demo model, which computes what the shipped
+checkpoint computes. Of each adapter, images of the concept's name, its synonyms, the concept in three scenes and the
+nine other classes: percent that show what was asked for. Run by `python3 dev training`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from demo.seed import clip_state_dict, narrow_unet_state_dict
 from demo.shapes import TEXT_LAYERS
 from dev.pack import pack_module
 from experiments.calibration import calibrated
-from experiments.commands import SHIPPED, VARIANTS, WAYS
+from experiments.commands import VARIANTS, WAYS
 from experiments.narrow import plain_narrow_model, tokenizer_folder, with_prefix
 from experiments.runner import keep, kept, publish, results, workers
 from experiments.studio import Asked, Studio, asked, studio
@@ -244,10 +243,10 @@ def measure(concept: str, ways: Sequence[str], seed: int, images: int) -> dict[s
     """Return the figures of a concept's adapters, by way."""
     at, loras, seconds = studio(), dict[str, Any](), dict[str, float]()
     for name in ways:
-        way, began = None if name in SHIPPED else way_of(name, seed), time.process_time()
+        way, began = way_of(name, seed), time.process_time()
         words = concept, REFERENCES[concept], SYNONYMS[concept]
-        loras[name] = at.lora(SHIPPED[name], concept) if way is None else way.lora(*words)
-        seconds[name] = 0.0 if way is None else time.process_time() - began
+        loras[name] = way.lora(*words)
+        seconds[name] = time.process_time() - began
     row: dict[str, Any] = {"concept": concept, "seed": seed}
     with torch.inference_mode():
         if variants := [name for name in ways if name in VARIANTS]:
@@ -276,7 +275,7 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Return what the adapters of every concept and way erase and keep, and what they cost, with means, in Markdown."""
-    ways = [way for way in (*WAYS, *SHIPPED) if all(way in row for row in rows)]
+    ways = [way for way in WAYS if all(way in row for row in rows)]
     columns = [(way, how) for way in ways for how in ("alone", "gated")]
     heads = [f"{way}, {'with its gate' if how == 'gated' else how}" for way, how in columns]
     lines = [
@@ -284,7 +283,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
     ]
     means = [_cell({name: fmean(row[w][how][name] for row in rows) for name in COLUMNS}) for w, how in columns]
     parts = [markdown(("concept", *heads, "difference"), [*lines, ["**mean**", *means, ""]])] if ways else []
-    costs = [(way, cost) for cost in ("evaluations", "seconds") for way in ways if way in WAYS]
+    costs = [(way, cost) for cost in ("evaluations", "seconds") for way in ways]
     lines = [[row["concept"], *(f"{row[way][cost]:.0f}" for way, cost in costs)] for row in rows]
     lines += [["**mean**", *(f"{fmean(row[way][cost] for row in rows):.0f}" for way, cost in costs)]]
     parts += [markdown(("concept", *(f"{cost}, {way}" for way, cost in costs)), lines)] if costs else []
