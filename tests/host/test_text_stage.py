@@ -74,17 +74,6 @@ def test_a_single_step_is_decided_before_it(demo, text_lora):
     assert observer.cost.total == observer.cost.plain
 
 
-def test_where_nothing_else_is_calibrated_the_text_decides_alone(demo, text_lora):
-    between = with_scores(text_lora, 0.03, 9.0)
-    calibration = {**between.adapter.card.calibration, "levels": {}}
-    card = replace(between.adapter.card, calibration=calibration)
-    alone = replace(between, adapter=replace(between.adapter, card=card))
-    image, observer = run(demo, alone, CAT, {"check_image": "never"})
-    assert torch.equal(image, sampled(demo.model, demo.encode(CAT), demo))
-    assert (observer.decision.stage, observer.decision.detected) == ("text", False)
-    assert observer.cost.total == observer.cost.plain
-
-
 def test_a_prompt_between_the_thresholds_is_decided_by_the_trajectory_as_without_a_text_stage(demo, text_lora):
     between = with_scores(text_lora, 0.03, 9.0)
     for prompt in (CAT, UNRELATED[0]):

@@ -15,7 +15,7 @@ import torch
 
 from ...unguide_core.adapter import LowRank
 from ...unguide_core.probe import AUTOMATIC, Decision, Statistic, decide_by
-from ...unguide_core.probe.calibration import Calibration, CalibrationPrompts
+from ...unguide_core.probe.calibration import CalibrationPrompts
 from ...unguide_core.probe.text import TextCalibration, calibrated_text, text_map, text_norms, text_scores
 from ..lora.load import Conditioning, ErasureLora
 from ..model.weights import dequantized, unpatched_weights
@@ -42,18 +42,16 @@ def text_statistics(
     """Return what the text stage says of each sample, the leading statistic first; nothing where it is absent.
 
     A function of the conditioning and of the adapter with its metadata. All entries of all prompts that act on the
-    image are read, wherever and whenever they act, and the one that carries the concept most counts. Where nothing but
-    this stage is calibrated, it decides alone: the upper threshold is the lower one, too.
+    image are read, wherever and whenever they act, and the one that carries the concept most counts.
 
     Args:
         index: the erasure LoRA's number in the run.
         samples: size of the batch; None for one result, of the strongest row of a batch of prompts.
     """
     nothing: list[tuple[Statistic, ...]] = [()] * (samples or 1)
-    calibrated = _calibration(context, lora, settings)
-    if calibrated is None or calibrated.text is None:
+    calibration = _calibration(context, lora, settings)
+    if calibration is None:
         return nothing
-    calibration = calibrated.text
     states = [_states(entry) for entry in context.prompt]
     if any(each is None or each.shape[-1] != len(calibration.direction) for each in states):
         return nothing
@@ -66,8 +64,6 @@ def text_statistics(
         scores["text norm"] = [text_norms(each, seen) / calibration.norm for each in states if each is not None]
         spreads["text norm"] = calibration.text_norm
     thresholds = {name: spread.thresholds(rate, adapters) for name, spread in spreads.items()}
-    if not calibrated.levels:
-        thresholds = {name: found and (found[1], found[1]) for name, found in thresholds.items()}
     clears = settings.text_clears and not settings.resist_adversarial and not settings.recheck_every
     by_name = [
         _by_sample(name, scores[name], found, clears, samples)
@@ -122,11 +118,12 @@ def text_map_of(model: Any, layers: Mapping[str, LowRank]) -> torch.Tensor:
     return text_map([layers[path] for path in read], norms)
 
 
-def _calibration(context: Context, lora: ErasureLora, settings: Settings) -> Calibration | None:
-    """The calibration where it holds, and no other statistic or threshold was asked for."""
+def _calibration(context: Context, lora: ErasureLora, settings: Settings) -> TextCalibration | None:
+    """The text stage's calibration where it holds, and no other statistic or threshold was asked for."""
     if settings.statistic != AUTOMATIC or settings.threshold is not None:
         return None
-    return valid_calibration(context, lora)[0]
+    calibration, _ = valid_calibration(context, lora)
+    return None if calibration is None else calibration.text
 
 
 def _states(entry: Entry) -> torch.Tensor | None:
