@@ -173,8 +173,7 @@ def generate_attacks(plan: Plan, concept: str) -> None:
 def generate_few_steps(plan: Plan, concept: str) -> None:
     """Generate, judge and write a concept's images of few steps, behind the gates of several sets.
 
-    The base model's images of the reference prompt stand beside them: one step gives a blur, which the judge takes for
-    one class or another. A record's kind is the number of steps.
+    The base model's images of the reference prompt stand beside them. A record's kind is the number of steps.
     """
     studio_, records = knowing(plan, concept), []
     seeds = plan.seeds[:FEW_SEEDS]

@@ -41,8 +41,9 @@ def with_scores(lora: Any, lower: float, upper: float) -> Any:
     """An erasure LoRA whose text stage has other thresholds."""
     calibration = lora.adapter.card.calibration
     spread = {"mean": 0.0, "std": 0.0, "count": 9}
-    beyond = (lower / upper) ** 0.5
-    others, concept = ({**spread, "tail": [value] * 6} for value in (lower * beyond, upper / beyond))
+    weakest = upper / 0.75
+    strongest = (lower / weakest**0.25) ** (4 / 3)
+    others, concept = ({**spread, "tail": [value] * 6} for value in (strongest, weakest))
     text = {**calibration["text"], "text": {"concept": concept, "others": others}}
     card = replace(lora.adapter.card, calibration={**calibration, "text": text})
     return replace(lora, adapter=replace(lora.adapter, card=card))

@@ -28,9 +28,13 @@ from .spread import LEAST, TAIL_RATES, Spread, joint_rate
 WIDTH_LIMIT = 1 << 14
 """The widest text states that a card may name; the widest known model's have 4096."""
 
-LOWER, UPPER = 0.25, 0.75
-"""Where the two thresholds lie, as fractions of the way (in the logarithm) from the scores of other prompts to the
+CLEARED_BELOW, DETECTED_FROM = 0.25, 0.5
+"""Where the two thresholds lie: fractions of the way (in the logarithm) from the scores of other prompts to the
 concept's."""
+
+DETECTED_SHARE = 0.75
+"""The least that the upper threshold is, as a share of the concept's scores: where other prompts score far lower, half
+of the way is too low for those that a calibration does not have."""
 
 
 def text_map(layers: Sequence[LowRank], norms: Sequence[float]) -> Tensor:
@@ -113,10 +117,9 @@ class Scores:
     def thresholds(self, false_positive_rate: float, adapters: int = 1) -> tuple[float, float] | None:
         """Return the two thresholds: below the first the concept is absent, from the second on it is there.
 
-        Between the score that the accepted share of the other prompts exceeds and the score that all but this share
-        of the concept's prompts reach, they are at the fractions `LOWER` and `UPPER` of the way. None where the
-        statistic does not separate, which is where the accepted false positives score as high as the concept's
-        weakest prompts.
+        They lie between the score that the accepted share of the other prompts exceeds and the one that all but this
+        share of the concept's prompts reach; see the constants above. None where the statistic does not separate,
+        which is where the accepted false positives score as high as the concept's weakest prompts.
 
         Args:
             false_positive_rate: accepted for one image.
@@ -125,8 +128,9 @@ class Scores:
         others = max(self.others.beyond(joint_rate(false_positive_rate, adapters)), LEAST)
         if self.concept.beyond(TAIL_RATES[0]) <= others:
             return None
-        way = self.concept.beyond(false_positive_rate) / others
-        return others * way**LOWER, others * way**UPPER
+        concept = self.concept.beyond(false_positive_rate)
+        way = concept / others
+        return others * way**CLEARED_BELOW, max(others * way**DETECTED_FROM, concept * DETECTED_SHARE)
 
 
 @dataclass(frozen=True)
