@@ -111,7 +111,7 @@ def _benchmark(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of images and report; what is there is not generated again")
     _json(parser, "where to write the scores")
     _markdown(parser, "docs/benchmark.md")
-    parser.add_argument("--quick", action="store_true", help="3 seeds, six methods, no attacks")
+    parser.add_argument("--quick", action="store_true", help="3 seeds, eight methods, no attacks")
     parser.add_argument("--seeds", type=int, help="images per prompt (default: 5)")
     parser.add_argument("--method", nargs="+", metavar="METHOD", help="only these of the table, and base")
     _concepts(parser)
