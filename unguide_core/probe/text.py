@@ -23,14 +23,10 @@ import torch
 from torch import Tensor
 
 from ..adapter.lowrank import LowRank
-from .spread import LEAST, TAIL_RATES, Spread, joint_rate
+from .spread import LEAST, TAIL_RATES, Spread, joint_rate, threshold
 
 WIDTH_LIMIT = 1 << 14
 """The widest text states that a card may name; the widest known model's have 4096."""
-
-CLEARED_BELOW, DETECTED_FROM = 0.25, 0.5
-"""Where the two thresholds lie: fractions of the way (in the logarithm) from the scores of other prompts to the
-concept's."""
 
 DETECTED_SHARE = 0.75
 """The least that the upper threshold is, as a share of the concept's scores: where other prompts score far lower, half
@@ -117,9 +113,10 @@ class Scores:
     def thresholds(self, false_positive_rate: float, adapters: int = 1) -> tuple[float, float] | None:
         """Return the two thresholds: below the first the concept is absent, from the second on it is there.
 
-        They lie between the score that the accepted share of the other prompts exceeds and the one that all but this
-        share of the concept's prompts reach; see the constants above. None where the statistic does not separate,
-        which is where the accepted false positives score as high as the concept's weakest prompts.
+        `spread.threshold` is half way (in the logarithm) from the score that the accepted share of the other prompts
+        exceeds to the one that all but this share of the concept's prompts reach. The second threshold is that, or
+        `DETECTED_SHARE` of the concept's score if this is more; the first is a quarter of the way. None where the
+        statistic does not separate: the accepted false positives score as high as the concept's weakest prompts.
 
         Args:
             false_positive_rate: accepted for one image.
@@ -128,9 +125,9 @@ class Scores:
         others = max(self.others.beyond(joint_rate(false_positive_rate, adapters)), LEAST)
         if self.concept.beyond(TAIL_RATES[0]) <= others:
             return None
-        concept = self.concept.beyond(false_positive_rate)
-        way = concept / others
-        return others * way**CLEARED_BELOW, max(others * way**DETECTED_FROM, concept * DETECTED_SHARE)
+        middle = threshold(self.concept, self.others, false_positive_rate, adapters)
+        least = DETECTED_SHARE * self.concept.beyond(false_positive_rate)
+        return math.sqrt(others * middle), max(middle, least)
 
 
 @dataclass(frozen=True)
