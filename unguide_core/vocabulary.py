@@ -70,7 +70,7 @@ class Edit:
 
     Args:
         concept: a word or two; "" if `more` says all.
-        reference: what takes its place; "" is a style's plain content, and is no reference for another kind.
+        reference: what takes its place; "" is a style's plain content, and is not a reference for another kind.
         synonyms: other words for the concept, erased as well.
         kind: one of `KINDS`.
         scenes: in which the words are erased, too.

@@ -69,7 +69,7 @@ def blended_prediction(
     run: Run | None = options.get(RUN)
     if run is None:
         raise RuntimeError(
-            "the model carries UnGuide and was called outside a sampling run, so that no gate has decided; sample it "
+            "the model has UnGuide on it and was called outside a sampling run, so that no gate has decided; sample it "
             "with a node that uses ComfyUI's guiders (KSampler, SamplerCustom, SamplerCustomAdvanced, ...)"
         )
     call = Call(executor, (x, t, c_concat, c_crossattn), control, options, kwargs, run)

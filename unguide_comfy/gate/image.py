@@ -80,7 +80,7 @@ class ImageStage:
     def read_start(self, sigmas: torch.Tensor, noise: torch.Tensor, latent_image: torch.Tensor | None) -> None:
         """Read the start images of a run that keeps something of them.
 
-        Noise that is switched off continues another run, whose latent is no image yet.
+        Noise that is switched off continues another run, whose latent is not an image yet.
         """
         if not self._probes or latent_image is None or not bool(latent_image.any()) or not bool(noise.any()):
             return

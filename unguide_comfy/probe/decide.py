@@ -37,7 +37,7 @@ def decide(
     by_sample: bool = False,
     all_statistics: bool = False,
 ) -> list[tuple[Decision, ...]]:
-    """Return for each erasure LoRA whether the prompt carries its concept, from predictions at one latent.
+    """Return for each erasure LoRA whether the prompt asks for its concept, from predictions at one latent.
 
     Args:
         loras: with their numbers in the run.
