@@ -24,14 +24,14 @@ class Recipe:
     Args:
         loop: "official" or "selective".
         iterations: maximum number of optimiser steps.
-        rate_down, rate_up: Adam's learning rates.
+        rate_down, rate_up: Adam's learning rates; the selective loop lowers them linearly to 0 at its last iteration.
         rank, alpha: of every layer; scale = alpha / rank.
         negative_guidance: eta of `erasure_target`.
         guidance_scale: classifier-free guidance of the rollouts.
         schedule_steps: of the rollouts; the official loop stops after a random number of them.
         batch: latents of prompts to erase per iteration.
         preserved, preservation_weight: latents of prompts to keep per iteration, and the weight of their loss.
-        trajectories: number of trajectories in a rollout of the selective loop.
+        trajectories: number of trajectories in a rollout of the selective loop, which takes the prompts in turn.
         refresh: iterations after which the selective loop samples a new rollout with the adapter as it is then.
         kept_trajectories: the base model's trajectories on prompts to keep, sampled once; at least one per prompt. 0
             keeps none.

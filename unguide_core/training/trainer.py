@@ -297,18 +297,23 @@ class Training:
 
     def _refreshed(self) -> Latents:
         """Latents of the adapted model's rollouts of prompts to erase, with their targets."""
-        recipe, erased = self.recipe, self.prompts.erased
+        recipe, pairs = self.recipe, self._pairs_to_roll_out()
         untrained = self.fresh and self.iteration == 0  # its predictions are the base model's
-        # half of the trajectories are the concept's own prompt and those after it; the others are sampled from all
-        chosen = torch.randint(len(erased), (recipe.trajectories,), generator=self.generator).tolist()
-        chosen[: (recipe.trajectories + 1) // 2] = [i % len(erased) for i in range((recipe.trajectories + 1) // 2)]
-        pairs = [erased[i] for i in chosen]
         with nullcontext() if untrained else self.predict.adapted():
             visited = self._visited([pair.target for pair in pairs], self.generator)
         used = min(len(visited), recipe.refresh * recipe.batch)
         rows = torch.randperm(len(visited), generator=self.generator)[:used]
         part, of = visited[rows], [pairs[i % len(pairs)] for i in rows.tolist()]
         return self._with_targets(part.z, part.timesteps, of, part.eps if untrained else None)
+
+    def _pairs_to_roll_out(self) -> list[Pair]:
+        """The pairs of the next trajectories: each pair once, the concept's own first, before any is repeated."""
+        recipe, erased, order = self.recipe, self.prompts.erased, list[int]()
+        begun = self.iteration // recipe.refresh * recipe.trajectories
+        generator = torch.Generator().manual_seed(recipe.seed + 2)
+        while len(order) < begun + recipe.trajectories:
+            order += [0, *(1 + torch.randperm(len(erased) - 1, generator=generator)).tolist()]
+        return [erased[i] for i in order[begun : begun + recipe.trajectories]]
 
     def _visited(self, prompts: Sequence[str], generator: torch.Generator) -> Latents:
         """The latents of full rollouts, one trajectory per prompt."""
@@ -343,6 +348,7 @@ class Training:
                     if self.denoiser.rows == 1:
                         raise
                     self.denoiser.halve(len(batch.latents))
+        self._set_rates()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if self.loss_scale != 1.0:
             for parameter in parameters:
@@ -354,6 +360,13 @@ class Training:
         else:
             raise self._diverged("gradients are not finite", self.iteration + 1)
         return losses
+
+    def _set_rates(self) -> None:
+        """Lowers the selective loop's learning rates linearly, to nothing after the last iteration."""
+        recipe = self.recipe
+        share = 1.0 if recipe.loop == OFFICIAL else 1.0 - self.iteration / recipe.iterations
+        for group, rate in zip(self.optimizer.param_groups, (recipe.rate_down, recipe.rate_up), strict=True):
+            group["lr"] = rate * share
 
     def _gradients(self, batch: Batch) -> tuple[float, float]:
         """Computes the layers' gradients; returns the losses of the prompts to erase and to keep."""
