@@ -90,6 +90,7 @@ def quick_settings(checkpoint: Path, tokenizer: Path, out: Path) -> dict[str, An
         "calibrate": False,
         "recipe": dict(QUICK),
         "kept": ["", "a photo of the dog"],
+        "scenes": ["sea", "snow"],  # encoding a prompt takes longer than a step here
         "concepts": [{"concept": "cat", "reference": "forest", "synonyms": ["kitty"]}],
     }
 

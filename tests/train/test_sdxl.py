@@ -32,9 +32,7 @@ WIDTHS = 64, 128
 LAYERS = 3
 TABLE = "{}embeddings.token_embedding.weight"
 PROMPTS = ("a photo of the cat", "")
-# as in test_agreement, and for all layers but the worst: random weights leave gradients so near 0 that rounding decides
-# their signs, which Adam's steps follow: a relative difference of 1e-1 is one entry in 400 that went the other way
-LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "median change": 3e-2, "largest change": 1e-1}
+LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "median change": 3e-3, "largest change": 3e-2}
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,9 @@ def made(place: Path) -> Tiny:
         addition_embed_type="text_time", addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=WIDTHS[1] + 6 * 256,
     )  # fmt: skip
+    for name, weight in unet.state_dict().items():
+        if "attn2.to_v" in name:
+            weight.mul_(10)  # so that prompts matter: gradients near 0 leave the signs of Adam's steps to rounding
     unet.save_pretrained(folder / "unet")
     DDIMScheduler().save_pretrained(folder / "scheduler")
     theirs, config = unet.state_dict(), host_config()
