@@ -30,8 +30,8 @@ from experiments.studio import CFG, SAMPLER, SCHEDULER, counted, lora_patches, s
 from unguide_bench.tables import markdown
 
 SEED = 7
-STEPS, PROBE_STEPS = 30, 6
-LARGER_STEPS, LARGER_PROBE_STEPS = 10, 2
+STEPS, PROBE_STEPS = 30, 3
+LARGER_STEPS, LARGER_PROBE_STEPS = 10, 1
 CONCEPT, UNRELATED = photo("cat"), photo("forest")
 BOTH = -1.0
 """A weight of the base model for which both predictions are needed, as in the paper."""
@@ -300,5 +300,4 @@ def run(options: Namespace) -> None:
             cases[key] = asdict(measured(bench, prompt, sample, side, batch, times))
             print(f"{key}: {cases[key]}", file=sys.stderr)
     keep(options.json, {"machine": machine(), "cases": cases})
-    said = f"Measured on {machine()}, probing after a fifth of the steps."
-    publish(f"{said}\n\n{table(cases)}", options.markdown, "bench")
+    publish(f"Measured on {machine()}.\n\n{table(cases)}", options.markdown, "bench")
