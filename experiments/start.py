@@ -31,11 +31,11 @@ from unguide_core.training.trainer import Training, fresh_layers
 from unguide_core.vocabulary import Edit, kept_prompts
 
 CONCEPTS = ("cat", "airplane", "horse")
-CHECK = 10
+CHECK = 20
 STARTS = {"from scratch": None, "closed form, eta 0": 0.0, "closed form, eta 1": 1.0}
 SCENE_KEPT = "scene kept"
 SHOWN = (*COLUMNS, SCENE_KEPT)
-STOPS = (10, 20, 100)
+STOPS = (20, 60, 100)
 """Iterations after which images are judged; the preset's are the last."""
 
 
@@ -104,12 +104,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for name in dict.fromkeys(row["start"] for row in rows):
         mine = [row for row in rows if row["start"] == name]
+        if first := [row["images"]["0"] for row in mine if "0" in row["images"]]:
+            lines.append((name, "0", "0", "", _means(first)))
         for i, (iteration, evaluations, _) in enumerate(mine[0]["held_out"]):
             losses = " / ".join(f"{row['held_out'][i][2]:.2f}" for row in mine)
             images = [row["images"].get(str(iteration)) for row in mine]
             lines.append((name, str(iteration), str(evaluations), losses, _means(images)))
-        if first := [row["images"]["0"] for row in mine if "0" in row["images"]]:
-            lines.append((name, "0", "0", "", _means(first)))
     return markdown(("start", "iterations", "evaluations", "held-out loss", " / ".join(SHOWN)), lines)
 
 
@@ -125,6 +125,7 @@ def run(options: Namespace) -> None:
         tasks = {concept: pool.submit(measured_starts, concept, options.seeds) for concept in CONCEPTS}
         rows = []
         for _, found in results("concepts", tasks):
-            rows += found
+            rows = sorted([*rows, *found], key=lambda row: CONCEPTS.index(row["concept"]))
             keep(options.json, rows)
-    publish(f"Concepts: {', '.join(CONCEPTS)}; {options.seeds} images per prompt.\n\n{table(rows)}")
+    said = f"Concepts: {', '.join(CONCEPTS)}; {options.seeds} images per prompt."
+    publish(f"{said}\n\n{table(rows)}", options.markdown, "start")
