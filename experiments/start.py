@@ -123,7 +123,7 @@ def run(options: Namespace) -> None:
     """Measure closed form as a start for training, and print its table."""
     with workers(options.jobs) as pool:
         tasks = {concept: pool.submit(measured_starts, concept, options.seeds) for concept in CONCEPTS}
-        rows = []
+        rows: list[dict[str, Any]] = []
         for _, found in results("concepts", tasks):
             rows = sorted([*rows, *found], key=lambda row: CONCEPTS.index(row["concept"]))
             keep(options.json, rows)
