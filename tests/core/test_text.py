@@ -84,13 +84,19 @@ def scores(own: tuple[float, float], others: tuple[float, float]) -> Scores:
     return Scores(spread(*own, False), spread(*others, True))
 
 
-@pytest.mark.parametrize(("most", "half_way"), [(0.7, True), (0.4, False)])
+@pytest.mark.parametrize(("most", "half_way"), [(0.5, True), (0.4, False)])
 def test_the_thresholds_lie_between_the_two_kinds_of_prompts(most, half_way):
     lower, upper = scores((0.8, 1.1), (0.0, most)).thresholds(0.01)
     others, concept = most * (1.0 - 0.01), 0.8 + 0.3 * 0.01
     assert others < lower < upper < concept
     assert lower / others == pytest.approx((concept / others) ** 0.25, abs=0.01)
     assert upper == pytest.approx(math.sqrt(others * concept) if half_way else 0.75 * concept, abs=0.01)
+
+
+def test_three_quarters_of_the_concepts_score_are_never_decided_however_high_other_prompts_score():
+    lower, upper = scores((0.8, 1.1), (0.0, 0.75)).thresholds(0.01)
+    assert lower == pytest.approx(0.75 * 0.8, abs=0.01)
+    assert upper > 0.75
 
 
 def test_the_lower_threshold_is_above_zero_where_other_prompts_score_below_it():

@@ -28,9 +28,9 @@ from .spread import LEAST, TAIL_RATES, Spread, joint_rate, threshold
 WIDTH_LIMIT = 1 << 14
 """The widest text states that a card may name; the widest known model's have 4096."""
 
-DETECTED_SHARE = 0.75
-"""The least that the upper threshold is, as a share of the concept's scores: where other prompts score far lower, half
-of the way is too low for those that a calibration does not have."""
+OPEN_SHARE = 0.75
+"""A share of the concept's scores that the text alone never decides: it lies between the two thresholds. Prompts with
+the concept in words that a calibration does not have score that low, and so do prompts without it."""
 
 
 def text_map(layers: Sequence[LowRank], norms: Sequence[float]) -> Tensor:
@@ -115,8 +115,9 @@ class Scores:
 
         `spread.threshold` is half way (in the logarithm) from the score that the accepted share of the other prompts
         exceeds to the one that all but this share of the concept's prompts reach. The second threshold is that, or
-        `DETECTED_SHARE` of the concept's score if this is more; the first is a quarter of the way. None where the
-        statistic does not separate: the accepted false positives score as high as the concept's weakest prompts.
+        `OPEN_SHARE` of the concept's score if this is more; the first is a quarter of the way, or that share if it is
+        less. None where the statistic does not separate: the accepted false positives score as high as the concept's
+        weakest prompts.
 
         Args:
             false_positive_rate: accepted for one image.
@@ -126,8 +127,8 @@ class Scores:
         if self.concept.beyond(TAIL_RATES[0]) <= others:
             return None
         middle = threshold(self.concept, self.others, false_positive_rate, adapters)
-        least = DETECTED_SHARE * self.concept.beyond(false_positive_rate)
-        return math.sqrt(others * middle), max(middle, least)
+        between = OPEN_SHARE * self.concept.beyond(false_positive_rate)
+        return min(math.sqrt(others * middle), between), max(middle, between)
 
 
 @dataclass(frozen=True)
