@@ -24,7 +24,7 @@ class Recipe:
     Args:
         loop: "official" or "selective".
         iterations: maximum number of optimiser steps.
-        rate_down, rate_up: Adam's learning rates; the selective loop lowers them linearly to 0 at its last iteration.
+        rate_down, rate_up: Adam's learning rates; the selective loop lowers that of `up` linearly to 0.
         rank, alpha: of every layer; scale = alpha / rank.
         negative_guidance: eta of `erasure_target`.
         guidance_scale: classifier-free guidance of the rollouts.

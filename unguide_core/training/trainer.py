@@ -362,11 +362,10 @@ class Training:
         return losses
 
     def _set_rates(self) -> None:
-        """Lowers the selective loop's learning rates linearly, to nothing after the last iteration."""
-        recipe = self.recipe
-        share = 1.0 if recipe.loop == OFFICIAL else 1.0 - self.iteration / recipe.iterations
-        for group, rate in zip(self.optimizer.param_groups, (recipe.rate_down, recipe.rate_up), strict=True):
-            group["lr"] = rate * share
+        """Lowers the selective loop's rate of `up` linearly, to nothing after the last iteration."""
+        if self.recipe.loop != OFFICIAL:
+            _, ups = self.optimizer.param_groups
+            ups["lr"] = self.recipe.rate_up * (1.0 - self.iteration / self.recipe.iterations)
 
     def _gradients(self, batch: Batch) -> tuple[float, float]:
         """Computes the layers' gradients; returns the losses of the prompts to erase and to keep."""
