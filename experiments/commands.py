@@ -71,7 +71,9 @@ def _markdown(parser: ArgumentParser, document: str) -> None:
 
 def _gate(parser: ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", default=["selective"], choices=GATE_SETS, help="of erasure LoRAs")
-    parser.add_argument("--training-seed", type=int, default=0, help="of the set 'preset'")
+    parser.add_argument(
+        "--trained", type=Path, metavar="FOLDER", help="adapters of the set 'preset', which is trained without it"
+    )
     parser.add_argument("--statistic", default=STATISTICS[0], choices=STATISTICS, help="what decides")
     parser.add_argument("--resist-adversarial", action="store_true", help="influence or alignment decides")
     parser.add_argument("--seed", type=int, default=1000)

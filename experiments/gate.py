@@ -4,7 +4,7 @@ For each of the demo's ten erasure LoRAs, the concept's name, its synonyms and t
 the nine other classes, their synonyms, the scenes and the empty prompt should not. All ten adapters are on the model at
 once, decide during sampling, and decide each image of a batch separately. Run by `python3 dev gate`.
 
-The set `preset` is trained first, by the node with its defaults.
+The set `preset` is trained first, by the node with its defaults, or read from a folder of such adapters.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from tqdm import tqdm
 from demo.captions import CLASSES, PLACES, REFERENCES, SCENES, SYNONYMS, fill
 from experiments.diagram import draw
 from experiments.runner import keep, publish
-from experiments.studio import LATENT, Studio, studio
-from experiments.training import InTheGraph
+from experiments.studio import LATENT, PRESET, Studio, studio
+from experiments.training import InTheGraph, erasure_lora
 from unguide_bench.tables import markdown
+from unguide_core.formats import load_adapter
 
 AUTOMATIC = "automatic"
 STEPS = 30
@@ -33,7 +35,7 @@ PRODUCT = "the gate"
 KINDS = ("name", "synonym", "in a scene", "other class", "other synonym", "other in a scene", "scene", "empty")
 WITH_THE_CONCEPT = KINDS[:3]
 SCENES_WITH_OBJECTS = ("night", "snow")
-TEMPLATE = "picture of the {}"
+TEMPLATE = "photo of a {}"
 """Training and calibration name a word in other templates."""
 
 
@@ -78,10 +80,12 @@ def with_the_papers_rule(scores: list[Score]) -> list[Score]:
     return every
 
 
-def loras_of(at: Studio, kind: str, seed: int) -> dict[str, Any]:
-    """Return a set's erasure LoRAs by concept; those of `preset` are trained with a seed."""
-    if kind == "preset":
-        way = InTheGraph(at, seed)
+def loras_of(at: Studio, kind: str, trained: Path | None = None) -> dict[str, Any]:
+    """Return a set's erasure LoRAs by concept; those of `preset` are in a folder, or trained."""
+    if kind == PRESET and trained:
+        return {c: erasure_lora(at, c, load_adapter(trained / f"{c}.safetensors")) for c in CLASSES}
+    if kind == PRESET:
+        way = InTheGraph(at, seed=0)
         return {c: way.lora(c, REFERENCES[c], SYNONYMS[c]) for c in tqdm(CLASSES, "training")}
     return {concept: replace(at.lora(kind, concept), neutral=at.encode("")) for concept in CLASSES}
 
@@ -258,7 +262,7 @@ def run(options: Namespace) -> None:
     )
     sets: dict[str, list[Score]] = {}
     for kind in options.set:
-        loras = loras_of(at, kind, options.training_seed)
+        loras = loras_of(at, kind, options.trained)
         name = FIELDS.get(kind, kind)
         sets[name] = with_the_papers_rule(list(decisions(at, loras, options.images, options.seed, settings)))
         content = {name: {**figures(scores), "scores": [vars(s) for s in scores]} for name, scores in sets.items()}
