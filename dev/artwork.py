@@ -16,7 +16,7 @@ from dev.workspace import PACK
 
 ICON, BANNER = (400, 400), (1260, 540)
 FINER = 4
-"""Everything is drawn this much larger and then reduced, for smooth edges."""
+"""Everything is rendered this much larger and then reduced, for smooth edges."""
 GROUND, TILE, TEXT, FAINT = "#14181f", "#222936", "#f2f4f8", "#9aa6b8"
 Points = list[tuple[float, float]]
 Shape = tuple[str, Callable[[float, float, float], Points]]

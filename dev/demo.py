@@ -90,7 +90,7 @@ def rows_for(concept: str, extra: list[str]) -> list[Row]:
 def check_known(concept: str) -> None:
     """Raises DevError for a concept that the demo model was not trained on."""
     if concept not in CLASSES:
-        raise DevError(f"the demo model knows no concept {concept!r}: choose from {', '.join(CLASSES)}", 2)
+        raise DevError(f"the demo model does not know {concept!r}: choose from {', '.join(CLASSES)}", 2)
 
 
 def check_seed(seed: int) -> None:

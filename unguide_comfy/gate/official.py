@@ -26,7 +26,7 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class Start:
-    """What the official probe draws at random, one per repeat.
+    """What the official probe samples at random, one per repeat.
 
     Args:
         codes: variance-preserving noise, [repeats, C, H, W].

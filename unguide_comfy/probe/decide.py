@@ -162,7 +162,7 @@ class _Probe:
         )
 
     def _statistic(self, name: str, sample: int | None) -> Statistic:
-        """A statistic of one sample, or of all as repeats; of several entries the one that carries the concept most."""
+        """A statistic of one sample, or of all as repeats; of several entries the one with the highest score."""
         values = (self._values(name, entry) for entry in self.entries)
         chosen = (each if sample is None else each[sample : sample + 1] for each in values)
         return max((self._held_against(name, each) for each in chosen), key=lambda statistic: statistic.score)

@@ -1,4 +1,4 @@
-"""How a gate decides: what an UNGUIDE_SETTINGS wire carries."""
+"""How a gate decides: what an UNGUIDE_SETTINGS wire holds."""
 
 from __future__ import annotations
 

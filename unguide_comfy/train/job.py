@@ -47,7 +47,7 @@ class Job:
         conditionings: of every name in `prompts`.
         card: what is known about the adapter before; the rest is filled in.
         layers, pattern: as for `chosen_layers`.
-        on_cancel: "discard" ends the run where it is cancelled; "keep" goes on with the adapter trained so far.
+        on_cancel: "discard" ends the run where it is cancelled; "keep" continues with the adapter trained so far.
         rows: batch size of a forward, at most.
         preview_every: iterations between previews of the concept's prompt by the adapted model; 0 for none.
     """
