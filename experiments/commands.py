@@ -100,6 +100,7 @@ def _few_steps(parser: ArgumentParser) -> None:
     _jobs(parser)
     _json(parser)
     _markdown(parser, "docs/gate.md")
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="where to write images of the fewest steps (PNG)")
 
 
 def _images(parser: ArgumentParser) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from demo.captions import CLASSES, SCENES, photo, words_for
+from demo.captions import CLASSES, REFERENCES, SCENES, photo, words_for
 from demo.classifier import judged
 from experiments.runner import keep, publish, results, workers
 from experiments.studio import Generated, Studio, identical, studio
+from unguide_bench.figures import grid
 from unguide_bench.scores import percent
 from unguide_bench.tables import markdown
 
@@ -32,6 +33,8 @@ class Row:
 
     Args:
         base: of the concept's name that show it, without a gate.
+        misjudged: of the scene that takes the concept's place, without a gate, in which the judge sees one of the ten
+            classes, though none is there: its error on images of so few steps.
         shown: of the concept's name and synonyms that still show it, by `on_detection`.
         detected: of these in which the gate detects the concept.
         false_positives: of unrelated prompts in which it does.
@@ -44,6 +47,7 @@ class Row:
     steps: int
     concept: str
     base: float
+    misjudged: float
     shown: dict[str, float]
     detected: float
     false_positives: float
@@ -79,9 +83,13 @@ class Schedule:
         settings = self.at.settings(on_detection=on_detection, statistic="influence", **self.probe)
         return self.at.guided(lora, settings=settings, **self.at.batch(prompts, self.seeds), **self.options)
 
+    def seen(self, generated: Generated) -> list[str]:
+        """Return what the judge sees in each image."""
+        return [seen for seen, _ in judged(self.at.images(generated.latents))]
+
     def shown(self, generated: Generated, concept: str) -> float:
         """Return the percentage of images that show a concept."""
-        return percent([seen == concept for seen, _ in judged(self.at.images(generated.latents))])
+        return percent([seen == concept for seen in self.seen(generated)])
 
 
 @torch.inference_mode()
@@ -100,6 +108,7 @@ def row(schedule: Schedule, concept: str) -> Row:
     """Return what one schedule does with one concept."""
     lora = schedule.at.lora("selective", concept)
     own, others = [photo(word) for word in words_for(concept)], unrelated(concept)
+    scene = schedule.plain([photo(REFERENCES[concept])])
     runs = dict(of_each(schedule, lora, own))
     plain = schedule.plain(others)
     kept = schedule.gated(lora, others, AUTOMATIC)
@@ -107,6 +116,7 @@ def row(schedule: Schedule, concept: str) -> Row:
         **schedule.options,
         concept=concept,
         base=schedule.shown(schedule.plain(own[:1]), concept),
+        misjudged=percent([seen in CLASSES for seen in schedule.seen(scene)]),
         shown={name: schedule.shown(run, concept) for name, run in runs.items()},
         detected=percent(runs[AUTOMATIC].detected),
         false_positives=percent(kept.detected),
@@ -125,11 +135,30 @@ def of_each(schedule: Schedule, lora: Any, prompts: Sequence[str]) -> Iterator[t
     yield other, schedule.gated(lora, prompts, other)
 
 
+@torch.inference_mode()
+def fewest_steps(
+    concept: str, scheduler: str, steps: int, seeds: Sequence[int], probe_steps: int
+) -> tuple[str, dict[str, Any]]:
+    """Return a caption and images of one seed, uint8 [H, W, 3], by what they are.
+
+    If the judge still sees the concept in an erased image of a seed, that seed is shown; the first one otherwise.
+    """
+    schedule = Schedule(studio(), scheduler, steps, seeds, probe_steps)
+    base, scene = (schedule.plain([photo(word)]) for word in (concept, REFERENCES[concept]))
+    erased = schedule.gated(schedule.at.lora("selective", concept), [photo(concept)], AUTOMATIC)
+    seen = schedule.seen(erased)
+    number = seen.index(concept) if concept in seen else 0
+    images = {"base model": base, "erased": erased, "base model, the scene": scene}
+    shown = {name: schedule.at.images(generated.latents)[number] for name, generated in images.items()}
+    return f"{concept}; judged: {seen[number]}", shown
+
+
 def tables(rows: Sequence[Row]) -> str:
     """Return a table per scheduler, means over concepts, in Markdown."""
     heads = (
         "steps",
         "base shows it",
+        "a class seen in scenes",
         f"still shown: {' / '.join(ON_DETECTION)}",
         "detected",
         "false positives",
@@ -150,7 +179,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
     ratios = [f"{fmean(row.ratio[name] for row in rows):.2f}" for name in ON_DETECTION]
     return [
         str(rows[0].steps),
-        f"{fmean(row.base for row in rows):.1f}",
+        *(f"{fmean(getattr(row, name) for row in rows):.1f}" for name in ("base", "misjudged")),
         " / ".join(shown),
         *(f"{fmean(getattr(row, name) for row in rows):.1f}" for name in ("detected", "false_positives", "identical")),
         " / ".join(ratios),
@@ -159,18 +188,24 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 
 def run(options: Namespace) -> None:
-    """Measure every concept and print a table per scheduler."""
+    """Measure every concept, print a table per scheduler, and draw images of the fewest steps."""
     seeds = range(options.seed, options.seed + options.seeds)
     asked = options.scheduler, options.steps, seeds, options.probe_steps
     with workers(options.jobs) as pool:
         tasks = {concept: pool.submit(measured, concept, *asked) for concept in options.concept}
         rows = [row for _, found in results("concepts", tasks) for row in found]
+    if options.grid:
+        fewest = options.scheduler[0], min(options.steps), seeds, options.probe_steps
+        columns = dict(fewest_steps(concept, *fewest) for concept in options.concept)
+        names = next(iter(columns.values()))
+        by_row = {name: {caption: images[name] for caption, images in columns.items()} for name in names}
+        options.grid.write_bytes(grid(by_row, list(columns), zoom=2))
     keep(options.json, {"seeds": list(seeds), "rows": [asdict(one) for one in rows]})
     count = len(seeds) * len(options.concept)
     publish(
         f"Percent of images, means over {len(options.concept)} concepts, {len(seeds)} images per prompt from seed "
-        f"{options.seed} on. Per cell: {count} images for the base model, {4 * count} with the concept, {2 * count} "
-        f"unrelated. NFE relative to plain sampling.\n\n{tables(rows)}",
+        f"{options.seed} on. Per cell: {count} images for the base model and of scenes, {4 * count} with the concept, "
+        f"{2 * count} unrelated. NFE relative to plain sampling.\n\n{tables(rows)}",
         options.markdown,
         "few steps",
     )
