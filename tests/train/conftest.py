@@ -32,11 +32,13 @@ QUICK = {
 SHAPE = (4, 8, 8)
 
 
-@pytest.fixture(autouse=True)
-def few_images(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(scope="module", autouse=True)
+def few_images():
     """Calibrations fit their image probes to a few rough images, in seconds."""
-    for name, few in {"CONCEPT_IMAGES": 8, "OTHER_IMAGES": 8, "IMAGE_STEPS": 2}.items():
-        monkeypatch.setattr(calibration, name, few)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, few in {"CONCEPT_IMAGES": 8, "OTHER_IMAGES": 8, "IMAGE_STEPS": 2}.items():
+            patch.setattr(calibration, name, few)
+        yield
 
 
 def in_the_graph(model: Any, encode: Callable[[str], Any], config: Config) -> Any:
