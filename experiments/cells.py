@@ -22,7 +22,7 @@ from demo.erasure import LORAS
 from demo.seed import SEED_PATH
 from dev.cache import digest, file_digest
 from experiments.attacks import Trial, attacks
-from experiments.methods import REPLACED, alone, gate, gated, methods
+from experiments.methods import REPLACED, alone, gate, gated, methods, reference_prompt
 from experiments.scenes import scene_prompts
 from experiments.studio import (
     CLOSED_FORM,
@@ -140,7 +140,8 @@ def generate_cell(plan: Plan, method: str, concept: str) -> None:
                 generated = Generated(torch.from_numpy(base[0]), 2.0 * STEPS)
             else:
                 generated = generate(studio_, concept, one.prompt, plan.seeds)
-            new, images = studio_.judge(method, concept, [one], plan.seeds, generated, base)
+            reference = reference_prompt(studio_, method, concept)
+            new, images = studio_.judge(method, concept, [one], plan.seeds, generated, base, reference)
             records += new
             first[one.prompt] = images[0]
     _write(plan.file(method, concept).with_suffix(".npz"), first)

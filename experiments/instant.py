@@ -33,7 +33,7 @@ HELD_OUT = f"{CLOSED_FORM}, held out"
 TRAINED = ("selective", "paper")
 JOINT = (5, 9)
 """So many concepts share one adapter."""
-COLUMNS = ("acc_e", "acc_g", "scenes", "acc_s", "scene_kept", "detected", "false_positives", "differing")
+COLUMNS = ("acc_e", "acc_g", "scenes", "acc_s", "scene_kept", "reference", "detected", "false_positives", "differing")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Row:
         acc_e, acc_g, scenes: of the concept by name, by synonyms and in scenes, that still show it.
         acc_s: of the other classes that show what they should; `differing` that are not the base model's, bit for bit.
         scene_kept: of images in scenes whose scene is there, where the base model shows it.
+        reference: of the concept by name and by synonyms, that show the scene that takes its place.
         detected, false_positives: by the gate, of prompts with the concept and without; None alone.
     """
 
@@ -59,6 +60,7 @@ class Row:
     scenes: float
     acc_s: float
     scene_kept: float
+    reference: float
     differing: float
     detected: float | None
     false_positives: float | None
@@ -166,12 +168,13 @@ def row(kind: str, concept: str, seeds: tuple[int, ...], generate: Generate | No
     names = tuple(one.prompt for one in prompts)
     base = base_images(names, seeds)
     made = generate(**at.batch(names, seeds)) if generate else Generated(base[0], 2.0 * STEPS)
-    images, _ = at.judge(kind, concept, prompts, seeds, made, base)
+    lora, seconds = adapter(kind, concept) if generate else (None, None)
+    reference = (lora or at.lora("selective", concept)).adapter.card.reference
+    images, _ = at.judge(kind, concept, prompts, seeds, made, base, reference)
     kept = [one.scene_kept for one in images if one.scene_kept is not None]
     others = [one for one in images if one.kind == OTHER]
     own = [one for one in images if one.kind != OTHER]
     gated = bool(made.detected)
-    lora, seconds = adapter(kind, concept) if generate else (None, None)
     return Row(
         kind,
         gated,
@@ -183,6 +186,7 @@ def row(kind: str, concept: str, seeds: tuple[int, ...], generate: Generate | No
         scenes=shown(images, SCENE),
         acc_s=shown(images, OTHER),
         scene_kept=percent(kept),
+        reference=percent([one.reference for one in images if one.reference is not None]),
         differing=percent([not one.identical for one in others]),
         detected=percent([one.detected for one in own]) if gated else None,
         false_positives=percent([one.detected for one in others]) if gated else None,

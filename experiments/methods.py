@@ -49,6 +49,13 @@ def methods() -> dict[str, Method]:
     return every | {STRONGER: _gated("paper", weight_detected=-1.0)}
 
 
+def reference_prompt(studio: Studio, method: str, concept: str) -> str:
+    """Return the prompt of the scene that takes the concept's place."""
+    kind = CLOSED_FORM if f"({CLOSED_FORM})" in method else "selective"  # the trained sets share theirs
+    prompt: str = studio.lora(kind, concept).adapter.card.reference
+    return prompt
+
+
 def generate_base(studio: Studio, concept: str, prompt: str, seeds: Sequence[int]) -> Generated:
     """Generate with the model as it is."""
     return studio.generate(studio.model, studio.encode(prompt), seeds)

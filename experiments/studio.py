@@ -290,12 +290,14 @@ class Studio:
         seeds: Sequence[int],
         generated: Generated,
         base: tuple[Any, Any] | None = None,
+        reference: str = "",
     ) -> tuple[list[JudgedImage], Any]:
         """Return a batch's images as judged, and the images, uint8 [B, 64, 64, 3].
 
         Args:
             asked: the batch's prompts, each of which has an image for every seed.
             base: the base model's latents and images of the same batch, to compare with.
+            reference: the prompt of the scene that takes the concept's place, to look for; none where it is empty.
         """
         images, records = self.images(generated.latents), []
         places = [(one, seed) for one in asked for seed in seeds]
@@ -305,6 +307,9 @@ class Studio:
             if base is not None and one.scene:
                 now, before = self.scene_judge(np.stack([images[i], base[1][i]]))
                 kept = now == one.scene if before == one.scene else None
+            replaced = None
+            if reference and one.kind in (ERASED, SYNONYM):
+                replaced = seen not in CLASSES and photo(self.scene_judge(images[i : i + 1])[0]) == reference
             records.append(
                 JudgedImage(
                     method,
@@ -325,6 +330,7 @@ class Studio:
                     generated.thresholds[i] if generated.thresholds else None,
                     kept,
                     None if base is None else difference_along_border(images[i], base[1][i]),
+                    replaced,
                 )
             )
         return records, images

@@ -10,6 +10,10 @@ Where prompts place the concept in a scene, two more parts, and the harmonic mea
     scenes      images that still show the concept, asked for in a scene              (lower)
     scene kept  of these, images whose scene is there, where base's is                (higher)
 
+Where it is known what takes the concept's place, beside them, and in no mean:
+
+    reference   images, asked for by name or synonym, that show it and none of the classes  (higher)
+
 All in percent, as MACE (arXiv 2403.06135) and UnGuide (arXiv 2508.05755) define them; a judge chooses among the class
 labels, so a synonym never counts as another class. A judge that can may say that an image shows none of them; what it
 says when it may not is scored beside. Intervals are 95 % bootstrap intervals over noise seeds. It knows neither
@@ -54,6 +58,8 @@ class JudgedImage:
         closest: the class that it would name if it had to name one; "" where it always does.
         scene_kept: whether the scene is there that the prompt asks for; None where it asks for none, or base's image
             lacks it.
+        reference: whether the image shows what takes the concept's place, and none of the classes; None where that is
+            not known, or the prompt asks for more than the concept.
         detected: the gate's decision, None without a gate; `score` and `threshold` are what it is based on.
         evaluations: model evaluations (NFE) for this image alone.
         difference, max_difference: to base's image of the same prompt and seed, mean and largest over all values,
@@ -80,6 +86,7 @@ class JudgedImage:
     threshold: float | None = None
     scene_kept: bool | None = None
     outside: float | None = None
+    reference: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,8 @@ class Score:
 
     Args:
         scenes, scene_kept: see above; None where no prompt places the concept in a scene.
-        h_all: harmonic mean of all parts that there are.
+        reference: see above; None where what takes the concept's place is not known.
+        h_all: harmonic mean of all parts that there are, but `reference`.
         weakest: the name of the worst part.
         recall, scenes_recall, false_alarms: percent of images that a gate detects: of the concept, of the concept in
             scenes, of others.
@@ -114,6 +122,7 @@ class Score:
     h_o: Interval
     scenes: float | None
     scene_kept: float | None
+    reference: float | None
     h_all: float
     weakest: str
     recall: float | None
@@ -197,6 +206,7 @@ def score(concepts: Sequence[Sequence[JudgedImage]]) -> Score:
         h_o=_interval(mean_harmonic, seeds),
         scenes=shown(inside) if inside else None,
         scene_kept=good.get("scene_kept"),
+        reference=_percent(_known(own, "reference")),
         h_all=float(harmonic_mean(*good.values())),
         weakest=min(good, key=good.__getitem__),
         recall=_percent(_known(own, "detected")),

@@ -10,11 +10,13 @@ import pytest
 from unguide_bench.report import Report, write_report
 from unguide_bench.scores import (
     BASE,
+    OTHER,
     SCENE,
     JudgedImage,
     as_json,
     harmonic,
     means_of,
+    percent,
     read_images,
     scores_of,
     write_images,
@@ -144,6 +146,15 @@ def test_scenes_are_scored_beside_and_the_weakest_part_is_named():
     assert found.outside == 3.0
     shown = means_of(in_scenes(judged_images(perfect), lambda seed: True, shown=True))[BASE]
     assert (shown.scenes, shown.h_all, shown.weakest) == (100.0, 0.0, "scenes")
+
+
+def test_what_takes_the_concepts_place_is_scored_beside_and_changes_no_mean():
+    plain = judged_images(perfect)
+    assert means_of(plain)[BASE].reference is None
+    named = [replace(p, reference=None if p.kind == OTHER else p.seed % 4 == 0) for p in plain]
+    found = means_of(named)[BASE]
+    expected = percent([p.seed % 4 == 0 for p in plain if p.kind != OTHER])
+    assert found == replace(means_of(plain)[BASE], reference=expected)
 
 
 def test_the_summary_shows_scenes_only_where_there_are_some(tmp_path):

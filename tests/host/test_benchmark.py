@@ -42,11 +42,13 @@ def test_base_is_a_useless_eraser_and_a_replaced_prompt_a_perfect_one(plan):
     assert (base.acc_e.value, base.acc_s.value, base.acc_g.value, base.h_o.value) == (100.0, 100.0, 100.0, 0.0)
     assert replaced.h_o.value == 100.0
     assert (replaced.recall, replaced.false_alarms) == (100.0, 0.0)
+    assert (base.reference, replaced.reference) == (0.0, 100.0)
 
 
 def test_unguide_leaves_other_images_bit_identical_at_no_evaluation(plan):
     found = score(plan, GATED)
     assert found.h_o.value == 100.0
+    assert found.reference > 50.0
     assert found.identical_unrelated == 100.0
     assert found.max_abs_diff_unrelated == 0.0
     spent = {(image.kind == OTHER, image.evaluations) for image in cells.done(plan, GATED, "cat")}
