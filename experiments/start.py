@@ -80,7 +80,7 @@ def started(concept: str, eta: float | None) -> Any:
 
 
 def closed_layers(concept: str, recipe: Any, eta: float) -> Any:
-    """Return closed-form layers with the recipe's rank and scale, `down` as large as a fresh one's."""
+    """Return closed-form layers of at most the recipe's rank, with its scale, `down` as large as a fresh one's."""
     narrow = plain_narrow_model()
 
     def encode(prompt: str) -> tuple[Any, None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,7 +90,9 @@ class Config(_Strict):
             known = ", ".join(Recipe.__dataclass_fields__)
             raise ValueError(f"recipe: there is no {unknown[0]!r}; the names are {known}")
         try:
-            return _RECIPE.validate_python(asdict(PRESETS[self.preset]) | self.recipe)
+            recipe: Recipe = _RECIPE.validate_python(asdict(PRESETS[self.preset]) | self.recipe)
+            alpha = recipe.alpha if "alpha" in self.recipe else PRESETS[self.preset].with_rank(recipe.rank).alpha
+            return replace(recipe, alpha=alpha)
         except ValidationError as error:
             raise ValueError(f"recipe: {_said(error)}") from error
 

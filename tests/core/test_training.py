@@ -165,18 +165,30 @@ def test_every_prompt_to_keep_is_met_however_many_there_are():
         assert len(kept) == max(trajectories, 4) * SMALL.schedule_steps
 
 
-def test_every_prompt_to_erase_is_rolled_out_once_before_any_is_repeated():
-    erased = tuple(Pair(name, "forest") for name in ("cat", "kitty", "dog", "ship"))
-    recipe = replace(SMALL, trajectories=3, refresh=1, batch=3, iterations=4, preserved=0)
-    made = training(recipe, TrainingPrompts(erased))
-    rolled_out: list[str] = []
+def rolled_out(erased: tuple[Pair, ...], trajectories: int) -> list[list[str]]:
+    """The prompts of four rollouts in a row."""
+    made = training(replace(SMALL, trajectories=trajectories, refresh=1, iterations=4), TrainingPrompts(erased))
+    found: list[list[str]] = []
     visited = made._visited
-    made._visited = lambda prompts, generator: rolled_out.extend(prompts) or visited(prompts, generator)
+    made._visited = lambda prompts, generator: found.append(list(prompts)) or visited(prompts, generator)
     list(made.run())
-    assert len(rolled_out) == 12
+    return found
+
+
+def test_every_prompt_to_erase_is_rolled_out_once_before_any_is_repeated():
+    names = ("cat", "kitty", "dog", "ship")
+    prompts = [name for part in rolled_out(tuple(Pair(name, "forest") for name in names), 3) for name in part]
     for i in (0, 4, 8):
-        assert rolled_out[i] == "cat"  # the concept's own comes first
-        assert set(rolled_out[i : i + 4]) == {"cat", "kitty", "dog", "ship"}
+        assert prompts[i] == "cat"  # the concept's own comes first
+        assert set(prompts[i : i + 4]) == set(names)
+
+
+def test_half_of_the_trajectories_lead_to_the_concepts_own_reference_and_half_elsewhere():
+    words, inside = ("cat", "kitty"), ("dog", "ship", "")
+    scenes = (Pair("dog", "ship"), Pair("ship", "dog"), Pair("", "dog"))
+    found = rolled_out((*(Pair(name, "forest") for name in words), *scenes), 3)
+    assert all(set(part[:2]) == set(words) for part in found)
+    assert {part[2] for part in found[:3]} == set(inside)
 
 
 def test_the_selective_loop_lowers_the_rate_of_up_linearly_and_the_official_one_keeps_both():
@@ -184,6 +196,14 @@ def test_the_selective_loop_lowers_the_rate_of_up_linearly_and_the_official_one_
         made = training(recipe)
         rates = [[group["lr"] for group in made.optimizer.param_groups] for _ in made.run()]
         assert rates == [[recipe.rate_down, recipe.rate_up * factor] for factor in factors]
+
+
+def test_another_rank_keeps_the_scale_and_another_alpha_changes_it():
+    recipe = PRESETS["selective"]
+    assert recipe.with_rank(None) == recipe
+    assert (recipe.with_rank(2).rank, recipe.with_rank(2).alpha) == (2, 2 * recipe.alpha / recipe.rank)
+    assert recipe.with_rank(2, 3.0).alpha == 3.0
+    assert PRESETS["paper"].with_rank(4).alpha == 32.0
 
 
 def test_the_held_out_loss_starts_near_one_and_falls():

@@ -104,7 +104,7 @@ def test_the_adapter_is_float32_has_learnt_and_names_the_models_own_layers(demo,
 def test_the_card_says_what_was_trained_and_how(demo, demo_lora, trained):
     card = trained.adapter.card
     assert (card.concept, card.target, card.reference, card.neutral) == ("cat", TARGET, REFERENCE, EMPTY)
-    assert (card.rank, card.alpha, card.base_model) == (1, 8.0, "SD15")
+    assert (card.rank, card.alpha, card.base_model) == (8, 64.0, "SD15")
     assert card.settings["iterations"] == 4
     assert card.settings["loop"] == "selective"
     weights = [w for n, w in demo.model.model.state_dict().items() if n.startswith("diffusion_model.")]

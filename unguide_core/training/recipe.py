@@ -31,7 +31,8 @@ class Recipe:
         schedule_steps: of the rollouts; the official loop stops after a random number of them.
         batch: latents of prompts to erase per iteration.
         preserved, preservation_weight: latents of prompts to keep per iteration, and the weight of their loss.
-        trajectories: number of trajectories in a rollout of the selective loop, which takes the prompts in turn.
+        trajectories: number of trajectories in a rollout of the selective loop: half on prompts whose place the
+            concept's own reference takes, half on the others (in scenes), each half in turn.
         refresh: iterations after which the selective loop samples a new rollout with the adapter as it is then.
         kept_trajectories: the base model's trajectories on prompts to keep, sampled once; at least one per prompt. 0
             keeps none.
@@ -45,8 +46,8 @@ class Recipe:
     iterations: int = 100
     rate_down: float = 5e-3
     rate_up: float = 5e-4
-    rank: int = 1
-    alpha: float = 8.0
+    rank: int = 8
+    alpha: float = 64.0
     negative_guidance: float = 2.0
     guidance_scale: float = 4.0
     schedule_steps: int = 10
@@ -84,6 +85,11 @@ class Recipe:
             down = self.rate_down if up is None else up * self.rate_down / self.rate_up
         return replace(self, rate_up=self.rate_up if up is None else up, rate_down=down)
 
+    def with_rank(self, rank: int | None, alpha: float | None = None) -> "Recipe":
+        """Return the recipe with another rank and alpha; `rank` alone keeps the scale."""
+        rank = self.rank if rank is None else rank
+        return replace(self, rank=rank, alpha=self.alpha / self.rank * rank if alpha is None else alpha)
+
     def trained_prompts(self, prompts: TrainingPrompts) -> TrainingPrompts:
         """Return the prompts that the recipe's loop uses: the official one trains the concept's own prompt only."""
         return prompts if self.loop != OFFICIAL else TrainingPrompts(prompts.erased[:1], (), prompts.neutral)
@@ -99,6 +105,8 @@ PRESETS: dict[str, Recipe] = {
         iterations=200,
         rate_down=3e-5,
         rate_up=3e-5,
+        rank=1,
+        alpha=8.0,
         guidance_scale=9.0,
         schedule_steps=50,
         batch=1,

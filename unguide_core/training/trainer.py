@@ -307,13 +307,23 @@ class Training:
         return self._with_targets(part.z, part.timesteps, of, part.eps if untrained else None)
 
     def _pairs_to_roll_out(self) -> list[Pair]:
-        """The pairs of the next trajectories: each pair once, the concept's own first, before any is repeated."""
-        recipe, erased, order = self.recipe, self.prompts.erased, list[int]()
-        begun = self.iteration // recipe.refresh * recipe.trajectories
-        generator = torch.Generator().manual_seed(recipe.seed + 2)
-        while len(order) < begun + recipe.trajectories:
-            order += [0, *(1 + torch.randperm(len(erased) - 1, generator=generator)).tolist()]
-        return [erased[i] for i in order[begun : begun + recipe.trajectories]]
+        """The pairs of the next trajectories: half with the concept's own reference, half with others (its scenes).
+
+        With fewer of the first kind the adapter learns to remove the concept, but not what takes its place.
+        """
+        erased, count = self.prompts.erased, self.recipe.trajectories
+        own = [pair for pair in erased if pair.reference == erased[0].reference]
+        others = [pair for pair in erased if pair.reference != erased[0].reference]
+        half = (count + 1) // 2 if others else count
+        return [*self._in_turn(own, half), *self._in_turn(others, count - half)]
+
+    def _in_turn(self, pairs: Sequence[Pair], count: int) -> list[Pair]:
+        """So many pairs for this rollout: over all of them, each comes once, the first one first, before any again."""
+        order, begun = list[int](), self.iteration // self.recipe.refresh * count
+        generator = torch.Generator().manual_seed(self.recipe.seed + 2)
+        while len(order) < begun + count:
+            order += [0, *(1 + torch.randperm(len(pairs) - 1, generator=generator)).tolist()]
+        return [pairs[i] for i in order[begun : begun + count]]
 
     def _visited(self, prompts: Sequence[str], generator: torch.Generator) -> Latents:
         """The latents of full rollouts, one trajectory per prompt."""
