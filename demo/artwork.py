@@ -1,6 +1,6 @@
-"""Open emoji artwork and procedural scenes, composed into captioned training pictures.
+"""Open emoji artwork and procedural scenes, composed into captioned training images.
 
-Its job: which glyphs are used under which licence, and how one picture is drawn. It does not know captions' wording
+Its job: which glyphs are used under which licence, and how an image is composed. It does not know captions' wording
 (`demo.captions`) or any network. Needs Pillow and numpy; rasterising the glyphs needs `resvg-py` and the icon packages
 named in `PACKAGES` (npm, `@iconify-json/<vendor>`).
 """
@@ -396,7 +396,7 @@ def paste_glyph(
 def draw_picture(
     rng: np.random.Generator, glyphs: dict[str, list[Image.Image]], klass: str | None, scene: str | None, size: int
 ) -> np.ndarray:
-    """Returns one picture [size, size, 3] uint8: an object on a pastel ground, a scene, or an object in a scene."""
+    """Returns one image [size, size, 3] uint8: an object on a pastel ground, a scene, or an object in a scene."""
     picture = draw_scene(rng, scene, size)
     if klass is not None:
         glyph = glyphs[klass][rng.integers(len(glyphs[klass]))]
@@ -410,7 +410,7 @@ def draw_picture(
 def draw_set(
     icons: Icons, count: int, size: int, seed: int, mix: tuple[float, float, float] = (0.5, 0.38, 0.12)
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns pictures [count, size, size, 3] uint8 with class and scene numbers (-1 for none).
+    """Returns images [count, size, size, 3] uint8 with class and scene numbers (-1 for none).
 
     Args:
         mix: shares of objects on a pastel ground, objects in scenes, plain scenes.

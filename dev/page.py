@@ -235,7 +235,7 @@ class Canvas:
         return found
 
     def help_of(self, kind: str) -> tuple[str, list[int]]:
-        """The text of a node's help page, and the widths of its pictures."""
+        """The text of a node's help page, and the widths of its images."""
         self.add(kind)
         self.page.evaluate("() => app.canvas.selectNode(app.graph.nodes.at(-1))")
         button = self.page.get_by_test_id("info-button").first

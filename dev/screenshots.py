@@ -47,7 +47,7 @@ STAND = """([kind, place, size]) => {
 
 
 @dataclass(frozen=True)
-class Picture:
+class Shot:
     """A node in a template.
 
     Args:
@@ -62,38 +62,38 @@ class Picture:
     size: tuple[int, int] = (0, 0)
 
 
-PICTURES = {
-    "UnGuideDemoModel": Picture(),
-    "UnGuideLoadErasureLora": Picture(),
-    "UnGuideSampler": Picture(until=END, size=(0, 500)),
-    "UnGuideProbe": Picture("2_probe_then_sample", until=END, size=(0, 700)),
-    "UnGuideModel": Picture("2_probe_then_sample", until=END),
-    "UnGuideSettings": Picture("4_custom_sampling"),
-    "UnGuideEraseConcept": Picture("0_erase_a_word"),
-    "UnGuideCalibrate": Picture(size=(340, 0)),
-    "UnGuideSaveErasureLora": Picture(until=END, values={"filename_prefix": "loras/forget_cat"}, size=(340, 0)),
-    "UnGuideTrainErasureLora": Picture("5_train_erasure_lora", until=LEARNING, size=(0, 640)),
+SHOTS = {
+    "UnGuideDemoModel": Shot(),
+    "UnGuideLoadErasureLora": Shot(),
+    "UnGuideSampler": Shot(until=END, size=(0, 500)),
+    "UnGuideProbe": Shot("2_probe_then_sample", until=END, size=(0, 700)),
+    "UnGuideModel": Shot("2_probe_then_sample", until=END),
+    "UnGuideSettings": Shot("4_custom_sampling"),
+    "UnGuideEraseConcept": Shot("0_erase_a_word"),
+    "UnGuideCalibrate": Shot(size=(340, 0)),
+    "UnGuideSaveErasureLora": Shot(until=END, values={"filename_prefix": "loras/forget_cat"}, size=(340, 0)),
+    "UnGuideTrainErasureLora": Shot("5_train_erasure_lora", until=LEARNING, size=(0, 640)),
 }
 
 
-def take(canvas: Canvas, kind: str, picture: Picture) -> None:
-    """Write the picture of a node."""
+def take(canvas: Canvas, kind: str, shot: Shot) -> None:
+    """Write the screenshot of a node."""
     canvas.clear()
-    canvas.open(template(picture.stem))
+    canvas.open(template(shot.stem))
     if not canvas.page.evaluate("kind => app.graph.nodes.some(node => node.type === kind)", kind):
         canvas.add(kind)
         canvas.page.evaluate(CONNECT, [kind, COLOURS["ours"]])
-    canvas.fill(kind, **picture.values)
-    if picture.until:
+    canvas.fill(kind, **shot.values)
+    if shot.until:
         canvas.server.api.request("/free", {"free_memory": True})  # or a node that ran before says nothing
         canvas.page.wait_for_timeout(2000)
-    if picture.until == END:
+    if shot.until == END:
         canvas.run()
-    elif picture.until:
+    elif shot.until:
         canvas.start()
-        canvas.wait(picture.until)
+        canvas.wait(shot.until)
     left, right, above, below = AROUND
-    width, height = canvas.page.evaluate(STAND, [kind, AWAY, picture.size])
+    width, height = canvas.page.evaluate(STAND, [kind, AWAY, shot.size])
     canvas.see(AWAY[0] - 200, AWAY[1] - 150, 1.0)
     box = canvas.page.locator("canvas").first.bounding_box() or {"x": 0.0, "y": 0.0}
     clip: FloatRect = {
@@ -108,10 +108,10 @@ def take(canvas: Canvas, kind: str, picture: Picture) -> None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or list(PICTURES)
+    wanted = sys.argv[1:] or list(SHOTS)
     with running_server(Host.from_environment()) as server, opened(server, os.environ[VARIABLE]) as canvas:
         for kind in wanted:
-            take(canvas, kind, PICTURES[kind])
+            take(canvas, kind, SHOTS[kind])
         canvas.idle()
 
 

@@ -233,7 +233,7 @@ erasure LoRA to both: a decision for another model or LoRA is refused.
             WIDE,
             (
                 Group(
-                    "3. Probe: does the prompt carry the concept?",
+                    "3. Probe: does the prompt contain the concept?",
                     (
                         Node(
                             "probe",

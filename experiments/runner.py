@@ -1,6 +1,6 @@
 """Runs an experiment's tasks and keeps what comes of them: processes, progress, JSON, Markdown, documents.
 
-It knows no model and no method.
+It knows neither models nor methods.
 """
 
 from __future__ import annotations

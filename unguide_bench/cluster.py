@@ -29,7 +29,7 @@ class Worker:
     def generate(self, job: Job) -> GeneratedImage | str:
         """The image; a sentence where the server is gone.
 
-        Raises: RuntimeError with what else the server said, for that is no matter of which server is asked.
+        Raises: RuntimeError with what else the server said, for another server would say the same.
         """
         try:
             return self.painter.generate(job, self.plan)

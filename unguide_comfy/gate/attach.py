@@ -44,7 +44,7 @@ def guided(
 ) -> Any:
     """Return a clone of a `ModelPatcher` that samples with the erasure LoRAs behind a gate.
 
-    On a model that already carries erasure LoRAs the new ones join them: blends are never nested.
+    On a model that already has erasure LoRAs the new ones join them: blends are never nested.
 
     Args:
         decisions: made before (by the Stability Probe node), one per erasure LoRA, used instead of probes.

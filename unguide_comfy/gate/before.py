@@ -53,7 +53,7 @@ def probe_prompt(
     What the text stage decides is decided by it, as in a gate; the statistics of predictions are measured all the same.
 
     Args:
-        model: a `ModelPatcher`; gates that it carries take no part.
+        model: a `ModelPatcher`; gates that it has take no part.
         guider: makes the host's guider for a model, conditioning and cfg set.
         latent: whose shape the probe uses, [B, C, ...].
     """

@@ -1,6 +1,6 @@
 """A loaded model's weights, without patches or with them, whether the host has patched them in place or not.
 
-The host's `get_key_patches` is no help here: it fails on quantised layers, whose scales are in the state dict but are
+The host's `get_key_patches` does not help here: it fails on quantised layers, whose scales are in the state dict but are
 not attributes of the layer.
 """
 

@@ -42,7 +42,7 @@ def text_statistics(
     """Return what the text stage says of each sample, the leading statistic first; nothing where it is absent.
 
     A function of the conditioning and of the adapter with its metadata. All entries of all prompts that act on the
-    image are read, wherever and whenever they act, and the one that carries the concept most counts.
+    image are read, wherever and whenever they act, and the one with the highest score counts.
 
     Args:
         index: the erasure LoRA's number in the run.

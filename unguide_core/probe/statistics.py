@@ -145,7 +145,7 @@ class Statistic:
 
     @property
     def cleared(self) -> bool:
-        """Whether the score says by itself that the prompt does not carry the concept."""
+        """Whether the score says by itself that the prompt does not contain the concept."""
         return self.lower is not None and self.score < self.lower
 
 

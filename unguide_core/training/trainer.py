@@ -426,5 +426,5 @@ def _take(numbers: Iterator[int], count: int) -> Tensor:
 
 
 def _plateau(losses: Sequence[float], patience: int, gain: float = 0.02) -> bool:
-    """Whether the last `patience` losses are no improvement of at least `gain` on the best one before them."""
+    """Whether the last `patience` losses do not improve by at least `gain` on the best one before them."""
     return len(losses) > patience and min(losses[-patience:]) > min(losses[:-patience]) - gain
