@@ -1,6 +1,7 @@
 """The graphs: every sampler, guider and model patch that the server has, honest graphs and attacks on a policy.
 
-They are built for the demo model, in ComfyUI's API format. It does not know the server; the node types come in as /object_info.
+They are built for the demo model, in ComfyUI's API format. It does not know the server; node types come
+in as /object_info.
 """
 
 from __future__ import annotations

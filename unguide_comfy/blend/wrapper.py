@@ -1,8 +1,8 @@
 """The blend in the host: a wrapper around every call of the network (`WrappersMP.APPLY_MODEL`).
 
 Classifier-free guidance is linear and the weights of a blend sum to 1, so blending every row before guidance equals
-blending the two guided results, under any sampler and any guider. The wrapper does not know the gate: it reads the weights from
-the `Run` in the transformer options.
+blending the two guided results, under any sampler and any guider. The wrapper does not know the gate: it reads the
+weights from the `Run` in the transformer options.
 """
 
 from __future__ import annotations

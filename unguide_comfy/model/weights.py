@@ -1,7 +1,7 @@
 """A loaded model's weights, without patches or with them, whether the host has patched them in place or not.
 
-The host's `get_key_patches` does not help here: it fails on quantised layers, whose scales are in the state dict but are
-not attributes of the layer.
+The host's `get_key_patches` does not help here: it fails on quantised layers, whose scales are in the state dict but
+are not attributes of the layer.
 """
 
 from __future__ import annotations

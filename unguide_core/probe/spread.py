@@ -1,4 +1,4 @@
-"""How the scores of a group of prompts are distributed, and the error rates that follow. Does not know the statistic."""
+"""How the scores of a group of prompts are distributed, and the error rates that follow, of any statistic."""
 
 import math
 from collections.abc import Mapping, Sequence
