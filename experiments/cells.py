@@ -133,6 +133,7 @@ def generate_cell(plan: Plan, method: str, concept: str) -> None:
     studio_, records, first = knowing(plan, concept), [], {}
     generate = methods()[method]
     with torch.inference_mode():
+        reference = reference_prompt(studio_, method, concept)
         for one in (*asked(concept, plan.concepts), *asked_in_scenes(concept)):
             known = base_images(plan, one.label)
             base = known[f"{one.prompt} latents"], known[one.prompt]
@@ -140,7 +141,6 @@ def generate_cell(plan: Plan, method: str, concept: str) -> None:
                 generated = Generated(torch.from_numpy(base[0]), 2.0 * STEPS)
             else:
                 generated = generate(studio_, concept, one.prompt, plan.seeds)
-            reference = reference_prompt(studio_, method, concept)
             new, images = studio_.judge(method, concept, [one], plan.seeds, generated, base, reference)
             records += new
             first[one.prompt] = images[0]

@@ -149,7 +149,7 @@ def fewest_steps(
     seen = schedule.seen(erased)
     number = seen.index(concept) if concept in seen else 0
     images = {"base model": base, "erased": erased, "base model, the scene": scene}
-    shown = {name: schedule.at.images(generated.latents)[number] for name, generated in images.items()}
+    shown = {name: schedule.at.images(one.latents[number : number + 1])[0] for name, one in images.items()}
     return f"{concept}; judged: {seen[number]}", shown
 
 
@@ -188,7 +188,7 @@ def _cells(rows: Sequence[Row]) -> list[str]:
 
 
 def run(options: Namespace) -> None:
-    """Measure every concept, print a table per scheduler, and draw images of the fewest steps."""
+    """Measure every concept, print a table per scheduler, and save images of the fewest steps."""
     seeds = range(options.seed, options.seed + options.seeds)
     asked = options.scheduler, options.steps, seeds, options.probe_steps
     with workers(options.jobs) as pool:
