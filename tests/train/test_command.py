@@ -259,6 +259,13 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], changes: dict[str, A
         from_values({**settings, **changes})
 
 
+@pytest.mark.parametrize(("changes", "alpha"), [({}, 64.0), ({"rank": 2}, 16.0), ({"rank": 2, "alpha": 4.0}, 4.0)])
+def test_another_rank_keeps_the_scale_unless_alpha_is_given_too(settings, changes, alpha) -> None:
+    recipe = from_values({**settings, "recipe": {**QUICK, **changes}}).full_recipe
+    assert (recipe.rank, recipe.alpha) == (changes.get("rank", 8), alpha)
+    assert recipe.iterations == QUICK["iterations"]
+
+
 def test_paths_are_absolute_for_a_worker_on_ray_runs_in_a_folder_of_its_own(settings, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.safetensors").touch()
