@@ -105,7 +105,7 @@ class Score:
     Args:
         scenes, scene_kept: see above; None where no prompt places the concept in a scene.
         reference: see above; None where what takes the concept's place is not known.
-        h_all: harmonic mean of all parts that there are, but `reference`.
+        h_all: harmonic mean of all parts that there are, without `reference`.
         weakest: the name of the worst part.
         recall, scenes_recall, false_alarms: percent of images that a gate detects: of the concept, of the concept in
             scenes, of others.

@@ -31,8 +31,8 @@ class Recipe:
         schedule_steps: of the rollouts; the official loop stops after a random number of them.
         batch: latents of prompts to erase per iteration.
         preserved, preservation_weight: latents of prompts to keep per iteration, and the weight of their loss.
-        trajectories: number of trajectories in a rollout of the selective loop: half on prompts whose place the
-            concept's own reference takes, half on the others (in scenes), each half in turn.
+        trajectories: number of trajectories in a rollout of the selective loop: half on the prompts that share the
+            reference of the concept's own, half on the others (in scenes), each half in turn.
         refresh: iterations after which the selective loop samples a new rollout with the adapter as it is then.
         kept_trajectories: the base model's trajectories on prompts to keep, sampled once; at least one per prompt. 0
             keeps none.

@@ -307,7 +307,7 @@ class Training:
         return self._with_targets(part.z, part.timesteps, of, part.eps if untrained else None)
 
     def _pairs_to_roll_out(self) -> list[Pair]:
-        """The pairs of the next trajectories: half with the concept's own reference, half with others (its scenes).
+        """The pairs of the next trajectories: half with the reference of the concept's own prompt, half with others.
 
         With fewer of the first kind the adapter learns to remove the concept, but not what takes its place.
         """
@@ -318,7 +318,7 @@ class Training:
         return [*self._in_turn(own, half), *self._in_turn(others, count - half)]
 
     def _in_turn(self, pairs: Sequence[Pair], count: int) -> list[Pair]:
-        """So many pairs for this rollout: over all of them, each comes once, the first one first, before any again."""
+        """The next `count` pairs of an order in which each comes once, the first one first, before any is repeated."""
         order, begun = list[int](), self.iteration // self.recipe.refresh * count
         generator = torch.Generator().manual_seed(self.recipe.seed + 2)
         while len(order) < begun + count:
