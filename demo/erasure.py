@@ -56,7 +56,7 @@ EMPTY_REPEATS = 9
 RECIPES: dict[str, Recipe] = {
     "paper": replace(PRESETS["paper"], rate_down=3e-4, rate_up=3e-4),
     "selective": replace(
-        PRESETS["selective"].with_rank(1),
+        PRESETS["selective"],
         iterations=200,
         schedule_steps=20,
         batch=8,

@@ -35,7 +35,7 @@ PRODUCT = "the gate"
 KINDS = ("name", "synonym", "in a scene", "other class", "other synonym", "other in a scene", "scene", "empty")
 WITH_THE_CONCEPT = KINDS[:3]
 SCENES_WITH_OBJECTS = ("night", "snow")
-TEMPLATE = "photo of a {}"
+TEMPLATE = "photo of the {}"
 """Training and calibration name a word in other templates."""
 
 
