@@ -17,7 +17,7 @@ from dev.server import Server, running_server
 
 LORA = "unguide-demo/selective/cat.safetensors"
 CAT, KITTY, DOG = "a photo of the cat", "a photo of the kitty", "a photo of the dog"
-STEPS = 3
+STEPS = 4
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 

@@ -387,8 +387,8 @@ def test_probing_an_unrelated_image_again_costs_one_evaluation_each_and_changes_
 
 def test_probing_again_detects_a_concept_that_comes_late(demo, demo_lora):
     """In a scene the cat appears after the scene: its influence passes this threshold after the first probe only."""
-    chosen = {"statistic": "influence", "threshold": 0.82, "steps": 30, "last_step": 8}
-    prompt, found = "a cat in the forest", {}
+    chosen = {"statistic": "influence", "threshold": 0.94, "steps": 30, "last_step": 8}
+    prompt, found = "a kitty in the snow", {}
     for every, on_detection in ((0, "automatic"), (3, "continue"), (3, "automatic")):
         image, observer = run(demo, demo_lora, prompt, recheck_every=every, on_detection=on_detection, **chosen)
         found[every, on_detection] = observer.decision.detected, observer.decision.step
