@@ -1,6 +1,6 @@
 """GIPHY's celebrity detector (github.com/Giphy/celeb-detection-oss), from its published files.
 
-GIPHY's program runs MTCNN in TensorFlow 1; here facenet-pytorch's port of the same three networks finds the faces.
+GIPHY's program runs MTCNN in TensorFlow 1; here facenet-pytorch's port of the same three networks detects the faces.
 Where an image shows several, the largest counts, and GIPHY's clustering of them is not repeated.
 """
 
@@ -74,7 +74,7 @@ class Recognizer(nn.Module):
 
 
 class GiphyJudge:
-    """Finds the largest face of an image and names it. Raises: BenchError for what is missing."""
+    """Detects the largest face of an image and names it. Raises: BenchError for what is missing."""
 
     def __init__(self, folder: Path) -> None:
         require_files(folder)

@@ -40,7 +40,7 @@ class Settings:
             adapter's calibration separates the concept from other prompts, else alignment, else what the inputs allow.
         threshold: score from which on the concept counts as detected; None takes the calibration's, or the statistic's
             own.
-        text_clears: whether the text stage may find the concept absent, and not only detect it.
+        text_clears: whether the text stage may clear a prompt, and not only detect the concept.
         recheck_every: during sampling, steps after which to probe again where nothing was detected; 0 probes once.
         neutral: the neutral (empty) prompt, encoded; None takes the erasure LoRA's own.
         weight_detected, weight_otherwise: the base model's weight in the blend, by the decision.
