@@ -5,7 +5,7 @@
 `paper` is the official recipe (arXiv 2508.05755) with a learning rate that this small model needs. `selective` adds
 what made adapters leave other prompts alone: a larger learning rate for `down`, a preservation term, the concept's
 synonyms, alone and in scenes, as targets. Both train on the narrow UNet and are saved for the wide one, which computes
-the same: its channels are five copies of the narrow one's, and so are the rows of `up`. `python3 dev training`
+the same: its channels are five copies of the narrow one's, and so are the rows of `up`. `python3 dev benchmark`
 measures them.
 """
 
@@ -68,7 +68,7 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 """How the shipped sets were trained: of the official preset only the learning rate is another, for this model is small;
-the selective one spends more than its preset. `python3 dev training` compares them."""
+the selective one spends more than its preset."""
 
 
 # ---------------------------------------------------------------- training

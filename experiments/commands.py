@@ -21,10 +21,7 @@ STATISTICS = ("automatic", "influence", "alignment", "paper")
 CALIBRATED_SETS = ("paper", "selective")
 ADAPTERS = ("base", "closed form", "closed form, held out", "selective", "paper")
 WAYS = ("node", "unguide_train", "official loop")
-VARIANTS = (
-    *("official", "selective", "fewer latents", "one rate", "nothing kept", "no synonyms", "three classes kept"),
-    "generous",
-)
+VARIANTS = ("official", "selective", "fewer latents", "one rate", "nothing kept", "no synonyms", "three classes kept")
 """Ablations of the recipe of training."""
 
 

@@ -1,4 +1,4 @@
-"""Trains the demo's ten concepts in each way, and measures what the adapters erase and keep, alone and gated.
+"""Trains the demo's ten concepts in each way, and measures what the adapters erase and keep without a gate.
 
 The ways are the node and unguide_train with their defaults, the official loop by the node, and the selective recipe
 with one part left out at a time (the ablation). All on the narrow demo model, which computes what the shipped
@@ -12,7 +12,6 @@ import copy
 import tempfile
 import time
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -28,12 +27,11 @@ from demo.erasure import RECIPES, prompts_of, train_one
 from demo.seed import clip_state_dict, narrow_unet_state_dict
 from demo.shapes import TEXT_LAYERS
 from dev.pack import pack_module
-from experiments.calibration import calibrated
 from experiments.commands import VARIANTS, WAYS
 from experiments.narrow import plain_narrow_model, tokenizer_folder, with_prefix
 from experiments.runner import keep, kept, publish, results, workers
 from experiments.studio import Asked, Studio, asked, studio
-from unguide_bench.scores import ERASED, OTHER, SCENE, SYNONYM, JudgedImage, percent, shown
+from unguide_bench.scores import ERASED, OTHER, SCENE, SYNONYM, JudgedImage, shown
 from unguide_bench.tables import markdown
 from unguide_core.adapter.names import HOST, renamed
 from unguide_core.formats import load_adapter
@@ -54,13 +52,11 @@ RECIPE_OF: dict[str, Recipe] = {
     "nothing kept": replace(LESS, preserved=0),
     "no synonyms": LESS,
     "three classes kept": LESS,
-    "generous": RECIPES["selective"],
 }
 """By variant. `selective` is the preset. `fewer latents` has 8 trajectories in place of 12, renewed once, not twice.
 
 The next four differ from that in one more thing. `no synonyms` erases the concept's own word alone, and in scenes;
-`three classes kept` keeps the first three of the other classes (and the scenes), so that six classes are never seen;
-`generous` is what the shipped set was trained with.
+`three classes kept` keeps the first three of the other classes (and the scenes), so that six classes are never seen.
 """
 UNSEEN = 3
 KEPT = 24
@@ -146,7 +142,7 @@ class InTheGraph:
 
 
 class Variant:
-    """A variant of the recipe on the narrow model in plain torch, calibrated by the pack."""
+    """A variant of the recipe on the narrow model in plain torch."""
 
     def __init__(self, at: Studio, seed: int, name: str):
         self.at, self.name, self.recipe = at, name, replace(RECIPE_OF[name], seed=seed)
@@ -171,7 +167,7 @@ def prompts_for(variant: str, concept: str) -> TrainingPrompts:
     if variant == "three classes kept":
         hidden = [word for other in unseen(concept) for word in words_for(other)]
         prompts = replace(prompts, kept=tuple(p for p in prompts.kept if not names_a_word(p, hidden)))
-    return prompts if variant == "generous" else replace(prompts, kept=prompts.kept[:KEPT])
+    return replace(prompts, kept=prompts.kept[:KEPT])
 
 
 def unseen(concept: str) -> list[str]:
@@ -205,25 +201,10 @@ def measured_prompts(concept: str) -> list[Asked]:
 
 
 def alone(at: Studio, concept: str, lora: Any, images: int) -> dict[str, float]:
-    """Return what images by an adapter alone show."""
+    """Return what an adapter without a gate erases and keeps."""
     prompts, seeds = measured_prompts(concept), range(FIRST_SEED, FIRST_SEED + images)
     made = at.generate(at.merged(lora), **at.batch([one.prompt for one in prompts], seeds), steps=STEPS)
     return figures(concept, at.judge("alone", concept, prompts, seeds, made)[0])
-
-
-def measured(at: Studio, concept: str, lora: Any, images: int) -> dict[str, Any]:
-    """Return what an adapter erases and keeps, alone and behind its gate with default settings."""
-    prompts, seeds = measured_prompts(concept), range(FIRST_SEED, FIRST_SEED + images)
-    settings = pack_module("unguide_comfy.probe.settings").Settings()
-    made = at.guided(lora, settings=settings, **at.batch([one.prompt for one in prompts], seeds), steps=STEPS)
-    gated, _ = at.judge("gated", concept, prompts, seeds, made)
-    return {
-        "alone": alone(at, concept, lora, images),
-        "gated": figures(concept, gated),
-        "statistic": Counter(made.statistics).most_common(1)[0][0],
-        "detected": percent([image.detected for image in gated if image.kind != OTHER]),
-        "false positives": percent([image.detected for image in gated if image.kind == OTHER]),
-    }
 
 
 def figures(concept: str, images: Sequence[JudgedImage]) -> dict[str, float]:
@@ -249,12 +230,9 @@ def measure(concept: str, ways: Sequence[str], seed: int, images: int) -> dict[s
         seconds[name] = time.process_time() - began
     row: dict[str, Any] = {"concept": concept, "seed": seed}
     with torch.inference_mode():
-        if variants := [name for name in ways if name in VARIANTS]:
-            found = calibrated(at, [concept] * len(variants), [loras[name] for name in variants])
-            loras |= zip(variants, found, strict=True)
         for name, lora in loras.items():
             spent = {key: lora.adapter.card.settings.get(key, 0) for key in ("iterations", "evaluations")}
-            row[name] = {**spent, "seconds": seconds[name], **measured(at, concept, lora, images)}
+            row[name] = {**spent, "seconds": seconds[name], "alone": alone(at, concept, lora, images)}
     if set(WAYS[:2]) <= set(loras):
         row["difference"] = difference(*(loras[way].adapter.layers for way in WAYS[:2]))
     return row
@@ -276,40 +254,39 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
 def tables(rows: list[dict[str, Any]]) -> str:
     """Return what the adapters of every concept and way erase and keep, and what they cost, with means, in Markdown."""
     ways = [way for way in WAYS if all(way in row for row in rows)]
-    columns = [(way, how) for way in ways for how in ("alone", "gated")]
-    heads = [f"{way}, {'with its gate' if how == 'gated' else how}" for way, how in columns]
-    lines = [
-        [row["concept"], *(_cell(row[w][how]) for w, how in columns), _share(row.get("difference"))] for row in rows
-    ]
-    means = [_cell({name: fmean(row[w][how][name] for row in rows) for name in COLUMNS}) for w, how in columns]
-    parts = [markdown(("concept", *heads, "difference"), [*lines, ["**mean**", *means, ""]])] if ways else []
+    return "\n\n".join([*(by_program(rows, ways) if ways else []), *ablation(rows)])
+
+
+def by_program(rows: list[dict[str, Any]], ways: Sequence[str]) -> list[str]:
+    """Return, by concept, the figures of each way, and its costs."""
+    lines = [[row["concept"], *(_cell(row[w]["alone"]) for w in ways), _share(row.get("difference"))] for row in rows]
+    means = [_cell({name: fmean(row[way]["alone"][name] for row in rows) for name in COLUMNS}) for way in ways]
+    erased = markdown(("concept", *ways, "difference"), [*lines, ["**mean**", *means, ""]])
     costs = [(way, cost) for cost in ("evaluations", "seconds") for way in ways]
     lines = [[row["concept"], *(f"{row[way][cost]:.0f}" for way, cost in costs)] for row in rows]
     lines += [["**mean**", *(f"{fmean(row[way][cost] for row in rows):.0f}" for way, cost in costs)]]
-    parts += [markdown(("concept", *(f"{cost}, {way}" for way, cost in costs)), lines)] if costs else []
-    return "\n\n".join([*parts, *ablation(rows)])
+    return [erased, markdown(("concept", *(f"{cost}, {way}" for way, cost in costs)), lines)]
 
 
 def ablation(rows: list[dict[str, Any]]) -> list[str]:
-    """Return, by variant, the means over concepts and seeds: the LoRA alone, then with its gate."""
+    """Return, by variant, the means over concepts and seeds."""
     known = {v: [{**row[v], "seed": row.get("seed", 0)} for row in rows if v in row] for v in VARIANTS}
-    known = {variant: own for variant, own in known.items() if own}
-    names = (*COLUMNS, "six classes", "worst class")
-    costs, shares = ("iterations", "evaluations", "seconds"), ("detected", "false positives")
-    alone, gated = [], []
+    names, costs = (*COLUMNS, "six classes", "worst class"), ("iterations", "evaluations", "seconds")
+    lines = []
     for variant, own in known.items():
-        spent = [f"{fmean(row[cost] for row in own):.0f}" for cost in costs]
-        alone.append([variant, str(len(own)), *_means(own, "alone", names), *spent])
-        gated.append([variant, *_means(own, "gated", names), *(f"{fmean(row[s] for row in own):.1f}" for s in shares)])
-    heads = ("LoRA alone", "trainings", *names, *costs), ("with its gate", *names, *shares)
-    return [markdown(head, lines) for head, lines in zip(heads, (alone, gated), strict=True) if lines]
+        if own:
+            spent = [f"{fmean(row[cost] for row in own):.0f}" for cost in costs]
+            lines.append([variant, str(len(own)), *_means(own, names), *spent])
+    return [markdown(("LoRA alone", "trainings", *names, *costs), lines)] if lines else []
 
 
-def _means(rows: Sequence[dict[str, Any]], how: str, names: Sequence[str]) -> list[str]:
+def _means(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
     """Means over concepts and seeds, with the range over seeds in brackets; of the worst class the least."""
     cells = []
     for name in names:
-        by_seed = [[r[how][name] for r in rows if r["seed"] == seed] for seed in dict.fromkeys(r["seed"] for r in rows)]
+        by_seed = [
+            [r["alone"][name] for r in rows if r["seed"] == seed] for seed in dict.fromkeys(r["seed"] for r in rows)
+        ]
         if name == "worst class":
             cells.append(f"{min(map(min, by_seed)):.0f}")
             continue
