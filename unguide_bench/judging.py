@@ -3,7 +3,7 @@
 results.json     everything that was measured
 results.md       the same as tables
 report.html      the paper's scores with plots and images, if all three kinds of prompts were generated
-pictures.jsonl   the judged images, as `scores` reads them
+images.jsonl     the judged images, as `scores` reads them
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judgi
             "fid": judges.distances(by_method(records, files, list)),
         }
         summary = _report(folder, records, images) if results["scores"] else ""
-    write_images(images, folder.path / "pictures.jsonl")
+    write_images(images, folder.path / "images.jsonl")
     (folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     results["tables"] = "\n\n".join(part for part in (summary, tables(results)) if part)
     (folder.path / "results.md").write_text(results["tables"], encoding="utf-8")

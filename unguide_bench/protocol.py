@@ -144,7 +144,7 @@ def run(protocol: Protocol) -> str:
         with extra("bench"):
             from .report import Report, write_report
 
-            images = [one for concept in found for one in read_images(_folder(protocol, concept) / "pictures.jsonl")]
+            images = [one for concept in found for one in read_images(_folder(protocol, concept) / "images.jsonl")]
             text = f"{write_report(Report(images, title=f'Suite {protocol.name}'), protocol.out)}\n\n{text}"
     (protocol.out / "suite.md").write_text(text, encoding="utf-8")
     content = {

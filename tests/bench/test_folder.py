@@ -124,7 +124,7 @@ def test_without_a_judge_costs_and_differences_are_measured(tmp_path: Path) -> N
     assert results["costs"]["base"] == {"pictures": 6, "evaluations": 6.0, "seconds": 1.0}
     assert results["costs"]["UnGuide during sampling"]["evaluations"] == 7.0
     assert (results["scores"], results["shares"]) == ({}, {})
-    images = list(read_images(folder.path / "pictures.jsonl"))
+    images = list(read_images(folder.path / "images.jsonl"))
     apart = {(p.method, p.prompt): (p.difference, p.max_difference) for p in images}
     assert apart["UnGuide during sampling", DOG] == (0.0, 0.0)
     assert apart["UnGuide during sampling", CAT] == (3.0, 3.0)
