@@ -78,7 +78,8 @@ class Plan:
 
         Raises: ValueError if they are of another one.
         """
-        wanted = {"seeds": list(self.seeds), "steps": STEPS, "probe_steps": PROBE_STEPS, "models": models_digest()}
+        wanted = {"seeds": list(self.seeds), "steps": STEPS, "probe_steps": PROBE_STEPS}
+        wanted |= {"models": models_digest(), "code": code_digest()}
         settings = self.folder / "settings.json"
         if settings.exists() and json.loads(settings.read_text()) != wanted:
             raise ValueError(
@@ -94,6 +95,14 @@ def models_digest() -> str:
     """Return the SHA-256 over the demo model's file and those of its erasure LoRAs."""
     files = [SEED_PATH, *sorted(LORAS.rglob("*.safetensors"))]
     return digest([[path.name, file_digest(path)] for path in files])
+
+
+def code_digest() -> str:
+    """Return the SHA-256 over the code that an image follows from, so that a table is of one state of it."""
+    root = SEED_PATH.parents[1]
+    folders = ("unguide_core", "unguide_comfy", "experiments", "demo")
+    files = sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
+    return digest([[str(path.relative_to(root)), file_digest(path)] for path in files])
 
 
 def train(plan: Plan, concept: str) -> None:

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..unguide_comfy.erase.concept import Words, erase_concepts
 from ..unguide_core.closed_form import RANK_LIMIT, ClosedForm
-from ..unguide_core.training.prompts import SCENES, lines, listed
+from ..unguide_core.training.prompts import SCENES, entries, lines, listed
 from ..unguide_core.vocabulary import KEPT_PROMPTS, KINDS, pairs_of, shipped_prompts
 from .wires import ErasureLoraWire, advanced, schema
 
@@ -154,7 +154,7 @@ class EraseConcept(io.ComfyNode):
     ) -> io.NodeOutput:
         words = Words(
             concepts=listed(concept),
-            references=listed(generate_instead),
+            references=entries(generate_instead),
             synonyms=tuple(listed(line) for line in synonyms.splitlines()),
             kind=kind,
             scenes=listed(scenes),

@@ -49,7 +49,8 @@ class Protocol:
         seeds: so many of the suite's seeds; None takes all.
         verified: refuse files that are not the published ones.
         exported: a folder for copies of the images, for other tools; None makes none.
-    Raises: BenchError for an unknown suite, one LoRA for several concepts, or impossible numbers.
+    Raises: BenchError for an unknown suite, one LoRA for several concepts, a concept for which the published files
+        have no prompts, or impossible numbers.
     """
 
     name: str
@@ -72,6 +73,12 @@ class Protocol:
             raise BenchError(
                 f"{self.name} erases {len(self.erased)} concepts and --lora is {self.settings.lora!r}; write {CONCEPT} "
                 "where the names of their files differ, or choose one with --concept"
+            )
+        others = [concept for concept in self.concepts if concept not in self.suite.concepts]
+        if others and self.verified and self.suite.files and not any(CONCEPT in f.path for f in self.suite.files):
+            raise BenchError(
+                f"the published prompts of {self.name} are for {', '.join(self.suite.concepts)}, not for {others[0]}; "
+                "leave --concept out, or give files of your own and --unverified"
             )
         most = len(self.suite.seeds)
         if self.seeds is not None and not 1 <= self.seeds <= most:
@@ -112,10 +119,14 @@ class Protocol:
             "CFG of prompts without their own": (settings.cfg, suite.cfg),
             "size": (settings.size, Settings.size),
             "sampler": (settings.sampler, Settings.sampler),
+            "scheduler": (settings.scheduler, Settings.scheduler),
+            "strength": (settings.strength, Settings.strength),
             "concepts": (len(self.erased), len(suite.concepts)),
             "seeds": (self.seeds or len(suite.seeds), len(suite.seeds)),
         }
         found = [f"{name} {mine} instead of {theirs}" for name, (mine, theirs) in pairs.items() if mine != theirs]
+        others = [concept for concept in self.erased if concept not in suite.concepts]
+        found += [f"erased {', '.join(others)}, which the protocol does not"] if others else []
         return found + ([f"{self.limit} prompts of each kind"] if self.limit else [])
 
 

@@ -187,6 +187,10 @@ def test_the_list_names_every_suite_and_which_files_are_verified(capsys) -> None
             "--seeds is 2; expected 1 to 1, the seeds of i2p",
         ),
         (["i2p", "--checkpoint", "a", "--lora", "b", "--limit", "0"], "--limit is 0; expected one prompt"),
+        (
+            ["celebrity", "--checkpoint", "a", "--lora", "b", "--concept", "Elon Musk"],
+            "the published prompts of celebrity are for Melania Trump, not for Elon Musk",
+        ),
     ],
 )
 def test_a_wrong_request_is_one_sentence(arguments: list[str], words: str, capsys) -> None:
@@ -204,6 +208,12 @@ def test_what_differs_from_the_published_protocol_is_listed() -> None:
         "steps 3 instead of 50",
         "concepts 1 instead of 10",
         "1 prompts of each kind",
+    ]
+    other = Settings("a", "b", scheduler="karras", strength=2.0)
+    assert Protocol("celebrity", other, (), None, Path(), concepts=("cat",), verified=False).deviations == [
+        "scheduler karras instead of normal",
+        "strength 2.0 instead of 1.0",
+        "erased cat, which the protocol does not",
     ]
 
 

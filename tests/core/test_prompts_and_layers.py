@@ -7,7 +7,7 @@ from demo.shapes import NARROW_WIDTH
 from demo.unet import UNet
 from unguide_core.adapter.lowrank import weights_hash
 from unguide_core.training.layers import LAYERS, chosen_layers
-from unguide_core.training.prompts import KEPT, Pair, lines, listed, names_a_word, prompts_for
+from unguide_core.training.prompts import KEPT, Pair, entries, lines, listed, names_a_word, prompts_for, word_of
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,23 @@ def test_a_word_is_found_as_a_whole_word_only(prompt, named):
 
 def test_lists_lose_blanks_and_repetitions_and_lines_keep_the_empty_prompt():
     assert listed(" kitty, feline ,,kitty") == ("kitty", "feline")
+    assert entries("forest, forest,, sky") == ("forest", "forest", "sky")
     assert lines("\na dog \n") == ("", "a dog")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [
+        ("a photo of the cat", "cat"),
+        ("A picture of a red car", "red car"),
+        (" the dog", "dog"),
+        ("van Gogh", "van Gogh"),
+        ("anatomy", "anatomy"),
+        ("", ""),
+    ],
+)
+def test_a_prompts_word_is_what_it_is_of(prompt, word):
+    assert word_of(prompt) == word
 
 
 @pytest.mark.parametrize(("concept", "reference", "words"), [("", "sea", "no concept"), ("cat", " ", "no reference")])

@@ -317,6 +317,18 @@ def test_a_models_key_survives_loading_and_tells_patches_and_their_strength_apar
     assert keys.model_key(guided(demo.model, load("selective", "cat", demo))) == before
 
 
+def test_prompts_that_name_the_concept_of_a_file_without_metadata_do_not_count_as_others(demo, demo_lora):
+    """Its word is known from the prompt in the loader alone."""
+    calibrate = pack_module("unguide_comfy.probe.calibrate")
+    card = dataclasses.replace(without_calibration(demo_lora).adapter.card, concept="", target="", synonyms=())
+    lora = dataclasses.replace(demo_lora, adapter=dataclasses.replace(demo_lora.adapter, card=card))
+    others = ("a cat on a sofa", "two cats", "a photo of the dog", "a photo of the sea")
+    found = calibrate._encoded_prompts(list, lora, (), others)
+    assert ["".join(prompt) for prompt in found.others] == ["", *others[2:]]
+    with pytest.raises(ValueError, match="no prompt in other_prompts is without 'cat'; add some"):
+        calibrate._encoded_prompts(list, lora, (), others[:2])
+
+
 def test_calibrating_an_adapter_gives_it_thresholds_that_work(demo, demo_lora):
     """A small calibration by the node, on few prompts: enough to tell the concept from them."""
     execute = pack_module("nodes.calibrate").CalibrateErasureLora.execute

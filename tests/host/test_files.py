@@ -194,6 +194,18 @@ def test_no_file_is_ever_replaced_and_a_stack_gets_a_file_each(lora_folder, outp
     assert len({(output_folder / name).stat().st_ino for name in names}) == 4
 
 
+@pytest.mark.parametrize("format", ["official", "peft"])
+def test_of_a_stack_that_cannot_be_saved_whole_nothing_is_saved(format, lora_folder, output_folder):
+    import dataclasses
+
+    save_file(pair(), lora_folder / "cat.safetensors")
+    lora, _ = load("cat.safetensors")
+    strange = dataclasses.replace(lora.adapter, layers={"strange": layer for layer in lora.adapter.layers.values()})
+    with pytest.raises(AdapterError, match="strange"):
+        save((lora, dataclasses.replace(lora, adapter=strange)), format=format)
+    assert [path for path in output_folder.rglob("*") if path.name.startswith("unguide_erasure")] == []
+
+
 def test_strength_goes_into_the_scale_and_takes_the_calibration_with_it(lora_folder, output_folder, demo_lora):
     import dataclasses
 

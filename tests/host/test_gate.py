@@ -398,6 +398,15 @@ def test_probing_again_detects_a_concept_that_comes_late(demo, demo_lora):
     assert observer.cost.evaluations["wasted"] > 0
 
 
+def test_every_image_of_a_batch_that_is_detected_late_is_generated_from_its_first_step_again(demo, demo_lora):
+    """The second image is detected at step 3 and the first at step 6, so the run starts again twice."""
+    chosen = {"statistic": "influence", "threshold": 0.94, "recheck_every": 3, "on_detection": "restart"}
+    sampling = {"steps": 30, "last_step": 8, "batch": 2, "seed": 3}
+    image, observer = run(demo, demo_lora, "a kitty in the snow", **chosen, **sampling)
+    assert [decision.step for decision in observer.verdicts[0].decisions] == [6, 3]
+    assert torch.equal(image, run(demo, demo_lora, "a kitty in the snow", decide="always erase", **sampling)[0])
+
+
 # decisions on wires
 
 

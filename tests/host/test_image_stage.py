@@ -70,7 +70,7 @@ def dogs():
 def test_an_unrelated_image_is_read_for_nothing_and_stays_bit_identical():
     ran = run(DOG)
     (check,) = ran.verdict.images
-    assert (check.start, check.shown, check.again) == (False, (False, False), False)
+    assert (check.start, check.shown, check.again) == (False, (False, False), (False, False))
     assert torch.equal(ran.latents, base(DOG))
     assert ran.cost.total == ran.cost.plain == 2 * STEPS
     assert ran.verdict.image_note == ""
@@ -106,6 +106,54 @@ def test_of_a_batch_only_the_images_that_show_the_concept_change(cats, dogs):
     assert ran.verdict.weights == (0.0, 1.0)
 
 
+def test_an_image_that_was_good_stays_whatever_the_run_for_another_one_shows(cats):
+    """The second image's noise generates a cat from more noise, which only the first image needs."""
+    at = studio()
+    noise = torch.cat([at.noise(SEEDS[:1]), attacks.inverted(at, cats[:1], at.encode(CAT))])
+    options = {"latent": torch.cat([cats[:1], base(SCENE)[:1]]), "denoise": 0.3, "noise": noise}
+    assert shown(base("", **{**options, "latent": base(SCENE), "denoise": 0.8}))[1] == "cat"
+    ran = run("", **options)
+    assert ran.detected == (True, False)
+    assert torch.equal(ran.latents[1], base("", **options)[1])
+    again = ran.verdict.images[-1]
+    assert again.again == (True, False)
+    assert again.scores[1] is None
+    assert ran.verdict.caveat == ""
+
+
+@pytest.mark.parametrize("negative", ["", "a photo of the sea"])
+def test_an_image_that_still_shows_the_concept_is_reported(negative, cats):
+    """Generated again with an adapter of no strength; read on the way, or after the run."""
+    at = studio()
+    lora = replace(at.lora("selective", "cat"), strength=0.0)
+    options = {"latent": cats, "denoise": 0.3, "negative": at.encode(negative)}
+    ran = run(CAT, loras=[lora], chosen={"check_image": "always"}, **options)
+    assert ran.verdict.images[-1].shown == ran.verdict.images[-1].again == (True, True)
+    assert ran.verdict.caveat == "still shown"
+    text = pack_module("unguide_comfy.report.text")
+    said = text.report_text([ran.verdict], ran.cost)
+    assert "  the start image shows the concept: score" in said
+    assert "  the image, generated again" in said
+    assert text.verdict_line([ran.verdict], finished=True).text == "still shown: erased cat"
+
+
+def test_a_run_that_is_not_read_says_why(cats):
+    assert "noise level at which images can be read" in run(DOG, steps=1).verdict.image_note
+    unfinished = run(DOG, chosen={"check_image": "always"}, last_step=STEPS // 2)
+    assert "leaves noise for another" in unfinished.verdict.image_note
+    assert unfinished.verdict.images == ()
+
+
+def test_an_image_is_read_where_a_decision_on_the_prompt_is_connected(cats):
+    at = studio()
+    lora = at.lora("selective", "cat")
+    probe = pack_module("nodes.probe").StabilityProbe
+    decisions = probe.execute(at.model, (lora,), at.encode(SCENE), at.encode(""), {"samples": cats}, CFG, 0).args[0]
+    assert not decisions[0].detected
+    model = pack_module("unguide_comfy.gate.attach").guided(at.model, [lora], reading(), decisions)
+    assert "cat" not in shown(at.generate(model, at.encode(SCENE), SEEDS, latent=cats, denoise=0.3).latents)
+
+
 def test_a_mask_is_honoured_when_the_image_is_generated_again(cats):
     """What the mask keeps is the start image's, and the rest is another than the base model's."""
     import comfy.sample
@@ -138,7 +186,7 @@ def test_noise_that_was_chosen_to_show_the_concept_is_seen_late_and_erased(cats)
     assert late.step is not None
     assert late.sigma is not None
     assert not late.start
-    assert again.again
+    assert again.again == (True, True)
     assert ran.cost.plain == 2 * STEPS
     assert ran.cost.evaluations["wasted"] <= 2 * STEPS  # given up at the late step
     assert ran.cost.total <= 6 * STEPS

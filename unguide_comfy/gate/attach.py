@@ -197,21 +197,31 @@ def _attempt(
     shape: torch.Size,
     rewind: Callable[[], None],
 ) -> torch.Tensor | None:
-    """One run, started again where the gate asks for it; None where every image shows a concept that is left."""
+    """One run, started again where the gate asks for it; None where every image shows a concept that is left.
+
+    Each time more is detected, so it ends.
+    """
     try:
-        try:
-            latent = sample(sigmas)
-            again = gate.decide_rest(shape)
-        except Restart:
-            again = True
-        if again:
+        latent = _undisturbed(gate, sample, sigmas, shape)
+        while latent is None:
             rewind()
             gate.run.evaluations.discard()
-            latent = sample(sigmas)
+            latent = _undisturbed(gate, sample, sigmas, shape)
         gate.images.read_finished(latent)
     except Shown:
         return None
     return latent
+
+
+def _undisturbed(
+    gate: Gate, sample: Callable[[torch.Tensor], torch.Tensor], sigmas: torch.Tensor, shape: torch.Size
+) -> torch.Tensor | None:
+    """One run; None where it has to start again, now that its weights are known."""
+    try:
+        latent = sample(sigmas)
+    except Restart:
+        return None
+    return None if gate.decide_rest(shape) else latent
 
 
 def _random_state() -> Callable[[], None]:

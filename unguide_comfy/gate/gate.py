@@ -72,8 +72,7 @@ class Gate:
         self.branches, self.context, self.run = tuple(branches), context, context.run
         self.announce = announce
         self.delta = ConceptDelta(context)
-        asked = [(b.lora, None if b.decision is not None or self.as_paper else b.settings) for b in self.branches]
-        self.images = ImageStage(context, asked)
+        self.images = ImageStage(context, [(b.lora, None if self.as_paper else b.settings) for b in self.branches])
         self.decisions: list[tuple[Decision | None, ...]] = []
         """Of each branch, one for the batch or one per sample; None where a sample is still open, () where all are."""
         for index, branch in enumerate(self.branches):
@@ -86,7 +85,6 @@ class Gate:
         self._bypassed = self._from_image = False
         self._next: dict[tuple[str, int], int] = {}
         """The step at which a stage is asked for a branch, by the stage's name and the branch."""
-        self._restarted = False
         self.passed = False
         """Whether the run has passed through `gated_conditionals`, where the concept's change is added."""
         self.windowed = False
@@ -218,13 +216,12 @@ class Gate:
                 evidence = Evidence(self.context, self.branches[alike[0]].settings, len(x), predictions, step)
                 with self.run.evaluations.of("probe"):
                     found = stage.decide(evidence, self._loras(alike))
-                self._take(alike, [(_leading(each),) for each in found] if together else found)
+                self._take(alike, [(_leading(each),) if together else self.images.of_kept(each) for each in found])
             for index in indices:
                 self._next[stage.name, index] = step + self.branches[index].settings.recheck_every
         self.announce(self.verdicts())
         newly = [index for index in asked if _detected(self.decisions[index]) > detected[index]]
-        if step > 0 and not self._restarted and any(self._restarts(index, float(sigma.max())) for index in newly):
-            self._restarted = True
+        if step > 0 and any(self._restarts(index, float(sigma.max())) for index in newly):
             raise Restart
         return list(map(_plain, self.run.weights)) != before
 
@@ -328,7 +325,9 @@ def gated_conditionals(
     gate.passed = True
     with gate.images.reading(sigma) as features:
         out = executor(model, conds, x, sigma, model_options)
-    if features is not None and not gate.windowed:
+    if features is not None and gate.windowed:
+        gate.images.skip("the host cuts the latent into context windows")
+    elif features is not None:
         gate.images.read(features, conds, sigma)
     if not gate.windowed and gate.observe(conds, out, x, sigma) and gate.run.active():
         with gate.run.evaluations.of(None):
@@ -351,7 +350,7 @@ def gated_windows(
     given = model_options or {}
     gate: Gate | None = given.get("transformer_options", {}).get(GATE)
     handler = given.get("context_handler")
-    if gate is not None and handler is not None:
+    if gate is not None and gate.run.predicting is None and handler is not None:
         conds = list(executor.class_obj.conds.values())  # type: ignore[attr-defined]
         gate.windowed = handler.should_use_context(gate.context.model, conds, x, sigma, given)
         if gate.windowed:

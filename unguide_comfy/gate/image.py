@@ -24,7 +24,10 @@ from ..probe.conds import Context, digest
 from ..probe.image import read_images, row_of
 from ..probe.settings import ALWAYS_CHECK, BEFORE, DURING, NEVER_CHECK, Settings
 from ..report.records import ImageCheck
-from .steps import reading_step, starts_from_image, step_of
+from .steps import IMAGE_SIGMAS, reading_step, starts_from_image, step_of
+
+UNREAD = "no prediction that passed the gate was at a noise level at which images can be read"
+UNFINISHED = "the run leaves noise for another one, so there were no images to read yet"
 
 
 class Shown(Exception):
@@ -52,7 +55,10 @@ class ImageStage:
         self._settings: dict[int, Settings] = {}
         self._sigmas = torch.zeros(1)
         self._step: int | None = None
-        self._read = False
+        self._read: set[int] = set()
+        """The erasure LoRAs whose concepts this run has looked for in its images."""
+        self.kept: torch.Tensor | None = None
+        """Which samples of this run are kept, [B]; None for all. The others were good the first time."""
         for index, (lora, settings) in enumerate(loras):
             if settings is not None and _wanted(settings):
                 self._add(index, lora, settings)
@@ -90,10 +96,9 @@ class ImageStage:
 
     def read_finished(self, latent: torch.Tensor) -> None:
         """Read the finished images, where they were not read on the way and the settings ask for it."""
-        wanted = [i for i, s in self._settings.items() if s.check_image == ALWAYS_CHECK or s.resist_adversarial]
-        if not self._read and wanted:
-            self._read_latents(wanted, latent, start=False)
-            self._read = True
+        asked = [i for i, s in self._settings.items() if s.check_image == ALWAYS_CHECK or s.resist_adversarial]
+        if self.is_finished:
+            self._read_latents([index for index in asked if index not in self._read], latent, start=False)
 
     def _read_latents(self, indices: Sequence[int], latents: torch.Tensor, *, start: bool) -> None:
         features: dict[Any, torch.Tensor] = {}
@@ -103,16 +108,28 @@ class ImageStage:
                 key = digest(neutral) or id(neutral)
                 if key not in features:
                     features[key] = read_images(self.context, neutral, latents, self._settings[index].seed)
-                self._take(index, features[key], ImageCheck(start, (), ()))
+                self._take(index, features[key], ImageCheck(start, (), (), ()))
 
     def watch(self, sigmas: torch.Tensor) -> None:
         """Set the step of a run through these noise levels at which its images are read."""
-        self._sigmas, self._step, self._read = sigmas, reading_step(sigmas) if self._probes else None, False
+        self._sigmas, self._step, self._read = sigmas, reading_step(sigmas), set()
+        self.skip(UNREAD if self.is_finished else UNFINISHED)
+
+    def skip(self, note: str) -> None:
+        """Note why a run's images are not read."""
+        for index in self._probes:
+            self.notes[index] = note
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run ends with images, and does not leave noise for another run."""
+        return float(self._sigmas[-1]) <= IMAGE_SIGMAS[1]
 
     @contextmanager
     def reading(self, sigma: torch.Tensor) -> Iterator[Features | None]:
         """Within the block the run's forwards leave features behind, if it is time to read the images."""
-        if self._read or self._step is None or step_of(self._sigmas, float(sigma.max())) != self._step:
+        due = self._step is not None and step_of(self._sigmas, float(sigma.max())) == self._step
+        if not due or self._read.issuperset(self._probes):
             yield None
             return
         with self.context.run.read() as features:
@@ -124,24 +141,29 @@ class ImageStage:
         Raises: Shown if every image shows a concept and has not been generated again for it.
         """
         for index, neutral in self._neutrals.items():
-            row = row_of(conds, neutral)
+            row = row_of(conds, neutral) if index not in self._read else None
             of_row = None if row is None else features.of(row)
-            if of_row is None:
+            if of_row is not None:
+                self._take(index, of_row, ImageCheck(False, (), (), (), self._step, float(sigma.max())))
+            elif index not in self._read:
                 self.notes[index] = "the run has no row for the empty prompt to read the image from"
-                continue
-            self.notes[index], self._read = "", True
-            check = ImageCheck(False, (), (), self._step, float(sigma.max()), again=index in self.erased)
-            self._take(index, of_row, check)
         left = self.left(1)
-        if left is not None and bool(left.all()):
+        if left is not None and bool(left.all() if self.kept is None else left[self.kept].all()):
             raise Shown
 
     def _take(self, index: int, features: torch.Tensor, check: ImageCheck) -> None:
-        scores = self._probes[index].score(features).tolist()
-        shown = tuple(image_statistic(score).detected for score in scores)
-        self.checks[index].append(replace(check, scores=tuple(scores), shown=shown))
-        if any(shown):
-            self.shown[index] = self.shown.get(index, torch.zeros(len(shown), dtype=torch.bool)) | torch.tensor(shown)
+        """Take over what one reading says of the samples that are kept."""
+        read = self._probes[index].score(features).tolist()
+        kept = [True] * len(read) if self.kept is None else self.kept.tolist()
+        scores = tuple(score if keep else None for score, keep in zip(read, kept, strict=True))
+        shown = tuple(score is not None and image_statistic(score).detected for score in scores)
+        erased = self.erased.get(index, torch.zeros(len(read), dtype=torch.bool))
+        again = tuple((erased & torch.tensor(kept)).tolist())
+        self.checks[index].append(replace(check, scores=scores, shown=shown, again=again))
+        self.shown[index] = self.shown.get(index, torch.zeros_like(erased)) | torch.tensor(shown)
+        if not check.start:
+            self.notes[index] = ""
+            self._read.add(index)
 
     # what follows
 
@@ -151,9 +173,15 @@ class ImageStage:
         found = torch.stack(left).any(dim=0) if left else torch.zeros(samples, dtype=torch.bool)
         return found if bool(found.any()) else None
 
+    def of_kept(self, decisions: Sequence[Decision | None]) -> tuple[Decision | None, ...]:
+        """Return decisions, one per sample, without those of samples that this run does not keep."""
+        kept = [True] * len(decisions) if self.kept is None else self.kept.tolist()
+        return tuple(one if keep else None for one, keep in zip(decisions, kept, strict=True))
+
     def erase(self) -> None:
-        """Count every sample that shows a concept as generated again, from now on."""
-        self.erased = {index: shown.clone() for index, shown in self.shown.items()}
+        """Generate every sample again that shows a concept; of the run that follows only these are kept."""
+        self.kept = self.left(1)
+        self.erased = {index: shown.clone() for index, shown in self.shown.items() if bool(shown.any())}
 
     def weights(self, index: int, weights: Sequence[float]) -> list[float]:
         """Return the weights of an erasure LoRA, one per sample, with those of the images that are generated again."""
@@ -169,7 +197,7 @@ class ImageStage:
 
     def decisions(self, index: int, others: Sequence[Decision | None]) -> tuple[Decision | None, ...]:
         """Return an erasure LoRA's decisions, one per sample, with those of this stage in place of `others`."""
-        if index not in self.shown:
+        if index not in self.shown or not bool(self.shown[index].any()):
             return tuple(others)
         samples = self.shown[index].tolist()
         spread = tuple(others or (None,)) * (1 if len(others) == len(samples) else len(samples))
@@ -181,9 +209,11 @@ class ImageStage:
     def _decision(self, index: int, sample: int, other: Decision | None) -> Decision:
         """The decision on a sample that shows the concept, by the first check that saw it."""
         check = next(check for check in self.checks[index] if check.shown[sample])
+        score = check.scores[sample]
+        assert score is not None
         what = "the start image" if check.start else "the image that the base model made of the prompt"
         return decide_by(
-            [image_statistic(check.scores[sample]), *(other.statistics if other else ())],
+            [image_statistic(score), *(other.statistics if other else ())],
             self._settings[index].weight_detected,
             reason=f"{what} shows the concept; it was generated again from more noise",
             model_key=self.context.model_key,

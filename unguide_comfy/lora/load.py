@@ -13,6 +13,7 @@ import folder_paths
 
 from ...unguide_core.adapter import Adapter
 from ...unguide_core.formats import ENERGY, load_adapter
+from ...unguide_core.training.prompts import word_of
 from .match import base_weights, match
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,14 @@ class ErasureLora:
     def key(self) -> str:
         """Identifies what the gate probes; a decision or baseline with another key is not used."""
         return self.adapter.fingerprint
+
+    @property
+    def word(self) -> str:
+        """The concept, as short as can be: "cat" for "a photo of the cat"; "" where unknown."""
+        card = self.adapter.card
+        if card.concept and self.concept_prompt in ("", card.concept_prompt):
+            return card.concept
+        return word_of(self.concept_prompt)
 
 
 def load_erasure_lora(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import folder_paths
 
 from ...unguide_core.adapter import Adapter
-from ...unguide_core.formats import FORMATS, NameTakenError, save_adapter
+from ...unguide_core.formats import FORMATS, AdapterError, NameTakenError, save_adapter
 from .load import ErasureLora
 
 
@@ -19,16 +20,21 @@ def save_erasure_loras(loras: Sequence[ErasureLora], filename_prefix: str, forma
     Args:
         filename_prefix: may hold folders and the host's placeholders (%year%, ...), as in the host's saving nodes.
         format: one of `FORMATS`.
-    Raises: AdapterError if one cannot be written in that format. No file is ever replaced.
+    Raises: AdapterError if one cannot be written in that format; then none is. No file is ever replaced.
     """
-    names = []
-    for lora in loras:
-        folder, filename, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
-        name = _saved(as_used(lora), Path(folder), filename, counter, format)
-        names.append(str(Path(subfolder, name)))
-    return names
+    written: dict[str, Path] = {}
+    try:
+        for lora in loras:
+            folder, filename, counter, subfolder, _ = folder_paths.get_save_image_path(
+                filename_prefix, folder_paths.get_output_directory()
+            )
+            name = _saved(as_used(lora), Path(folder), filename, counter, format)
+            written[str(Path(subfolder, name))] = Path(folder, name)
+    except AdapterError:
+        for path in written.values():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+    return list(written)
 
 
 def as_used(lora: ErasureLora) -> Adapter:

@@ -257,9 +257,14 @@ def _encoded_prompts(
 ) -> CalibrationPrompts[Conditioning]:
     """The prompts of one erasure LoRA's calibration."""
     card = lora.adapter.card
-    words = [word for word in (card.concept, *card.synonyms) if word]
-    own = concept_texts or concept_prompts(card.concept, lora.concept_prompt, card.synonyms)
+    words = [word for word in (card.concept, lora.word, *card.synonyms) if word]
+    own = concept_texts or concept_prompts(card.concept or lora.word, lora.concept_prompt, card.synonyms)
     unrelated = [text for text in dict.fromkeys(("", *other_texts)) if not names_a_word(text, words)]
+    if len(unrelated) < 2:
+        raise ValueError(
+            f"erasure LoRA {lora.name!r}: no prompt in other_prompts is without {' or '.join(map(repr, words))}; add "
+            "some, such as 'a photo of a house'"
+        )
     concept = encode(lora.concept_prompt) if lora.concept is None else lora.concept
     return CalibrationPrompts(concept, list(map(encode, own)), list(map(encode, unrelated)), lora.name)
 

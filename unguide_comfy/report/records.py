@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from ...unguide_core.probe import Decision
-from ...unguide_core.training.prompts import PREFIX
 from ..lora.load import ErasureLora
 from ..probe.settings import ALWAYS
 
@@ -18,18 +17,18 @@ class ImageCheck:
 
     Args:
         start: whether the start images were read, and not those that a run generates.
-        scores: of each sample, see `unguide_core.probe.image`.
+        scores: of each sample, see `unguide_core.probe.image`; None where the run was for other samples of the batch.
         shown: for each sample, whether it shows the concept.
+        again: for each sample, whether it was generated again because an earlier reading had seen the concept.
         step, sigma: where it was read in the run, from 0; None for start images and finished ones.
-        again: whether it is of images that were generated again because an earlier one showed the concept.
     """
 
     start: bool
-    scores: tuple[float, ...]
+    scores: tuple[float | None, ...]
     shown: tuple[bool, ...]
+    again: tuple[bool, ...]
     step: int | None = None
     sigma: float | None = None
-    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,12 @@ class Verdict:
     @property
     def caveat(self) -> str:
         """Why the decision is less sure than it could be; empty where all is well."""
-        if any(check.again and any(check.shown) for check in self.images):
+        last: dict[int, bool] = {}
+        for check in self.images:
+            for sample, (score, shown, again) in enumerate(zip(check.scores, check.shown, check.again, strict=True)):
+                if score is not None:
+                    last[sample] = shown and again
+        if any(last.values()):
             return "still shown"
         return self.decision.caveat if self.decision is not None else ""
 
@@ -83,11 +87,8 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """What is erased, as short as can be: "cat" for "a photo of the cat"; else the file's name."""
-        card = self.lora.adapter.card
-        if card.concept and self.lora.concept_prompt in ("", card.concept_prompt):
-            return card.concept
-        return self.lora.concept_prompt.removeprefix(PREFIX).strip() or PurePath(self.lora.name).stem
+        """What is erased, as short as can be: the concept's word, or the file's name where that is unknown."""
+        return self.lora.word or PurePath(self.lora.name).stem
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,23 @@ def _details(verdict: Verdict) -> Iterator[str]:
         yield f"  decided by {decision.reason}"
     else:
         yield f"  weight of the base model {weights}"
+    yield from map(_reading, verdict.images)
+    if verdict.image_note:
+        yield f"  the image was not read: {verdict.image_note}"
     if verdict.caveat:
         remedy = "use Calibrate Erasure LoRA once for this model" if "calibrated" in verdict.caveat else "see above"
         yield f"  {verdict.caveat}: {remedy}"
+
+
+def _reading(check: ImageCheck) -> str:
+    """What one reading of the images saw."""
+    read = [(score, shown) for score, shown in zip(check.scores, check.shown, strict=True) if score is not None]
+    of = "the start image" if check.start else "the image, generated again" if any(check.again) else "the image"
+    level = "" if check.sigma is None else f" at noise level {check.sigma:.3g}"
+    shown = sum(shows for _, shows in read)
+    count = "" if len(read) == 1 or shown in (0, len(read)) else f" in {shown} of {len(read)}"
+    what = f"shows the concept{count}" if shown else "does not show the concept"
+    return f"  {of}{level} {what}: score {max(score for score, _ in read):.2f}, threshold {THRESHOLD:.2f}"
 
 
 # for programs
@@ -178,9 +192,9 @@ def _image(check: ImageCheck) -> dict[str, Any]:
         "of": "the start image" if check.start else "the image",
         "step": None if check.step is None else check.step + 1,
         "sigma": None if check.sigma is None else round(check.sigma, 5),
-        "generated_again": check.again,
+        "generated_again": list(check.again),
         "shown": list(check.shown),
-        "scores": [round(score, 4) for score in check.scores],
+        "scores": [None if score is None else round(score, 4) for score in check.scores],
         "threshold": THRESHOLD,
     }
 

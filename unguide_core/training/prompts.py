@@ -8,9 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def entries(text: str) -> tuple[str, ...]:
+    """Return the entries of a text without blanks; full-width commas (U+FF0C, U+3001) separate too."""
+    return tuple(entry.strip() for entry in re.split("[,\uff0c\u3001]", text) if entry.strip())
+
+
 def listed(text: str) -> tuple[str, ...]:
-    """Return the entries of a text without blanks and repetitions; full-width commas (U+FF0C, U+3001) separate too."""
-    return tuple(dict.fromkeys(entry.strip() for entry in re.split("[,\uff0c\u3001]", text) if entry.strip()))
+    """Return the entries of a text as `entries`, without repetitions."""
+    return tuple(dict.fromkeys(entries(text)))
 
 
 def lines(text: str) -> tuple[str, ...]:
@@ -19,6 +24,8 @@ def lines(text: str) -> tuple[str, ...]:
 
 
 PREFIX = "a photo of the"
+
+_LEAD = re.compile(r"((an? |the )?(photo|picture|image) of )?((an?|the) )?", re.IGNORECASE)
 
 SCENES = listed("forest, street, sea, beach, desert, snow, field, sky")
 """Scenes in which a concept is erased too, with the scene itself in its place."""
@@ -95,6 +102,11 @@ class TrainingPrompts:
 def names_a_word(prompt: str, words: Sequence[str]) -> bool:
     """Return whether a prompt contains one of the words, as a whole word or with a plural s."""
     return any(re.search(rf"\b{re.escape(word)}s?\b", prompt, re.IGNORECASE) for word in words)
+
+
+def word_of(prompt: str) -> str:
+    """Return what a concept's own prompt is of, such as "cat" for "a photo of the cat" and "a cat"."""
+    return prompt.strip()[_LEAD.match(prompt.strip()).end() :]  # type: ignore[union-attr]  # it matches every text
 
 
 def prompts_for(
