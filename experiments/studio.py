@@ -19,7 +19,6 @@ from demo.captions import CLASSES, SCENES, SYNONYMS, photo, words_for
 from demo.classifier import judged
 from demo.networks import load_vae
 from demo.seed import VAE_SCALE
-from demo.shapes import TEXT_LAYERS
 from dev.models import CHECKPOINT
 from dev.pack import pack_module, start_host
 from experiments.narrow import load_narrow_model, narrow_lora
@@ -133,8 +132,7 @@ class Studio:
         self.wide = wide
         self.checkpoint, self.clip, _ = nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)  # type: ignore[attr-defined]  # ComfyUI's nodes, not ours
         self.model = self.checkpoint if wide else load_narrow_model()
-        if not wide:  # these layers add zeros, and take most of the encoder's time
-            del self.clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[TEXT_LAYERS:]
+        pack_module("nodes.demo").skip_idle_layers(self.clip)
         self.loras: dict[tuple[str, str, float], Any] = {}
         self.encoded: dict[str, Any] = {}
 

@@ -1,12 +1,15 @@
 """UnGuide Demo Model, and the erasure LoRAs that ship with it."""
 
 from pathlib import Path
+from typing import Any
 
 import comfy.sd
 import folder_paths
+import torch
 from comfy_api.latest import io
 
 from ..demo import seed
+from ..demo.shapes import TEXT_LAYERS
 from .wires import schema
 
 LORAS = seed.SEED_PATH.parent / "loras" / "selective"
@@ -18,6 +21,16 @@ def demo_loras() -> dict[str, Path]:
     A user's own file always has a suffix in its name, so none can have the same name.
     """
     return {f"demo/{path.stem}": path for path in sorted(LORAS.glob("*.safetensors"))}
+
+
+def skip_idle_layers(clip: Any) -> None:
+    """Pass the demo's text encoder by the layers that add zeros, which take most of its time; their weights stay."""
+    for layer in clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[TEXT_LAYERS:]:
+        layer.forward = _unchanged
+
+
+def _unchanged(states: torch.Tensor, *_: Any) -> torch.Tensor:
+    return states
 
 
 class DemoModel(io.ComfyNode):
@@ -48,6 +61,7 @@ class DemoModel(io.ComfyNode):
         embeddings = folder_paths.get_folder_paths("embeddings")
         state = seed.checkpoint_state_dict()
         model, clip, vae, _ = comfy.sd.load_state_dict_guess_config(state, embedding_directory=embeddings)
+        skip_idle_layers(clip)
         return io.NodeOutput(model, clip, vae)
 
 

@@ -88,7 +88,7 @@ def _train(config: Config, concept: Concept, base: Base, accelerator: Accelerato
     words = config.words_of(concept), (concept.concept, *concept.synonyms)
     asked = [
         CalibrationPrompts(prompts.erased[0].target, *of(*words))
-        for of in (calibration_prompts, text_calibration_prompts)
+        for of in ((calibration_prompts, text_calibration_prompts) if config.calibrate else ())
     ]
     texts = dict.fromkeys((*prompts.names, *(text for each in asked for text in (*each.concept, *each.others))))
     encoded, side = base.encode(tuple(texts), accelerator.device), (config.size or base.size) // 8
@@ -122,19 +122,19 @@ def _train(config: Config, concept: Concept, base: Base, accelerator: Accelerato
         unfinished.remove()
         raise
     accelerator.end_training()
-    measure = partial(
-        calibrate,
-        denoiser=Denoiser(training.predict, prompts.neutral, training.denoiser.rows),
-        base_hash=base.hash,
-        prompts=asked[0],
-        text_prompts=asked[1],
-        shape=training.shape,
-        seed=recipe.seed,
-        device=training.device,
-    )
-    adapter = finish(
-        training, card_of(config, concept, base, prompts), measure if config.calibrate else None, log=log.warning
-    )
+    measure = None
+    if asked:
+        measure = partial(
+            calibrate,
+            denoiser=Denoiser(training.predict, prompts.neutral, training.denoiser.rows),
+            base_hash=base.hash,
+            prompts=asked[0],
+            text_prompts=asked[1],
+            shape=training.shape,
+            seed=recipe.seed,
+            device=training.device,
+        )
+    adapter = finish(training, card_of(config, concept, base, prompts), measure, log=log.warning)
     save_adapter(adapter, path)
     unfinished.remove()
     return Summary(

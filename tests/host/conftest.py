@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from demo.shapes import NARROW_WIDTH
+from experiments.narrow import load_narrow_model, narrow_lora
 from experiments.studio import lora_patches
 from tests.conftest import ROOT, pack_module, start_host
 
@@ -180,11 +182,19 @@ UNRELATED = ("a photo of the dog", "a photo of the ship", "a photo of the forest
 
 
 @pytest.fixture(scope="session")
-def demo() -> Demo:
-    """The embedded demo model, loaded by the host's own node."""
+def wide() -> Demo:
+    """The embedded demo model, loaded by the host's own node; its text encoder passes by the layers that add zeros."""
     import nodes
 
-    return Demo(*nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT))
+    loaded = Demo(*nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT))
+    pack_module("nodes.demo").skip_idle_layers(loaded.clip)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def demo(wide: Demo) -> Demo:
+    """Its narrow twin, the same function at an eighth of the work; tests/host/test_benchmark.py compares the two."""
+    return Demo(load_narrow_model(), wide.clip, wide.vae)
 
 
 @pytest.fixture(scope="session")
@@ -207,9 +217,11 @@ def without_text(lora: Any) -> Any:
 
 
 def load(kind: str, concept: str, demo: Demo) -> Any:
-    """An erasure LoRA of the demo."""
+    """An erasure LoRA of the demo, for the narrow model where that is given."""
     name = f"unguide-demo/{kind}/{concept}.safetensors"
-    return pack_module("unguide_comfy.lora.load").load_erasure_lora(name, 1.0, demo.clip)
+    lora = pack_module("unguide_comfy.lora.load").load_erasure_lora(name, 1.0, demo.clip)
+    width = demo.model.model.diffusion_model.model_channels
+    return narrow_lora(lora, demo.model) if width == NARROW_WIDTH else lora
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,10 @@ class Demo:
 
     def __init__(self, model: Any, clip: Any, vae: Any):
         self.model, self.clip, self.vae = model, clip, vae
+        self.encoded: dict[str, list[list[Any]]] = {}
 
     def encode(self, prompt: str) -> list[list[Any]]:
-        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+        """A conditioning of the caller's own; the tensors of equal prompts are the same."""
+        if prompt not in self.encoded:
+            self.encoded[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+        return [[states, dict(options)] for states, options in self.encoded[prompt]]

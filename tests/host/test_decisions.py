@@ -282,7 +282,7 @@ def test_a_calibration_is_not_used_for_a_patched_model_and_the_report_says_so(pa
 def test_a_model_that_a_calibration_names_by_its_weights_is_hashed_before_sampling(demo, demo_lora, monkeypatch):
     """Inside a step it would take long, without progress and deaf to Cancel."""
     card = demo_lora.adapter.card
-    card = dataclasses.replace(card, calibration={**card.calibration, "model": card.base_hash})
+    card = dataclasses.replace(card, calibration={**card.calibration, "model": keys.base_hash(demo.model)})
     lora = dataclasses.replace(demo_lora, adapter=dataclasses.replace(demo_lora.adapter, card=card))
     keys._hashes.pop(demo.model.model, None)
     observer = Observer()

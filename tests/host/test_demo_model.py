@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import nodes
 from demo.captions import CLASSES
 from tests.conftest import pack_module
 from tests.host.conftest import CAT, CHECKPOINT, Demo, ksampler
@@ -18,13 +19,17 @@ def built() -> Demo:
         return Demo(*pack_module("nodes.demo").DemoModel.execute().result)
 
 
-def test_the_node_builds_the_checkpoints_model(built: Demo, demo: Demo) -> None:
+def test_the_node_builds_the_checkpoints_model(built: Demo) -> None:
+    """The layers of the text encoder that the node passes by change nothing."""
     key = pack_module("unguide_comfy.model.key")
-    assert key.model_key(built.model) == key.model_key(demo.model)
-    assert key.base_hash(built.model) == key.base_hash(demo.model)
-    assert torch.equal(built.encode(CAT)[0][0], demo.encode(CAT)[0][0])
+    loaded = Demo(*nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT))
+    assert key.model_key(built.model) == key.model_key(loaded.model)
+    assert key.base_hash(built.model) == key.base_hash(loaded.model)
+    assert torch.equal(built.encode(CAT)[0][0], loaded.encode(CAT)[0][0])
+    state, other = (one.clip.cond_stage_model.state_dict() for one in (built, loaded))
+    assert set(state) == set(other)
     latent = torch.linspace(-2, 2, 256).reshape(1, 4, 8, 8)
-    assert torch.equal(built.vae.decode(latent), demo.vae.decode(latent))
+    assert torch.equal(built.vae.decode(latent), loaded.vae.decode(latent))
 
 
 def test_the_unpacked_checkpoint_credits_the_artwork() -> None:
@@ -51,8 +56,10 @@ def test_the_ten_demo_loras_follow_the_users_own_in_this_loader_and_stand_in_no_
 def test_the_calibration_of_a_demo_lora_holds_for_the_nodes_model(built: Demo, concept: str) -> None:
     loader = pack_module("nodes.loader").LoadErasureLora
     lora, *_ = loader.execute(f"demo/{concept}", 1.0).result[0]
+    key = pack_module("unguide_comfy.model.key")
+    assert lora.adapter.card.base_hash == key.base_hash(built.model)
     measured = lora.adapter.card.calibration
-    assert measured["model"] == pack_module("unguide_comfy.model.key").model_key(built.model)
+    assert measured["model"] == key.model_key(built.model)
     assert measured["adapter"] == lora.adapter.signature
 
 

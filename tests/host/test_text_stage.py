@@ -182,7 +182,8 @@ def test_an_adapter_with_a_layer_that_reads_more_than_text_has_no_text_stage(dem
     layers = dict(text_lora.adapter.layers)
     path = next(name for name in layers if name.endswith("attn2.to_k")).replace("to_k", "to_q")
     core = pack_module("unguide_core.adapter")
-    layers[path] = core.LowRank(torch.zeros(1, 320), torch.zeros(320, 1))
+    width = layers[path.replace("to_q", "to_k")].up.shape[0]
+    layers[path] = core.LowRank(torch.zeros(1, width), torch.zeros(width, 1))
     lora = replace(text_lora, adapter=replace(text_lora.adapter, layers=layers))
     assert calibrate.calibrate_text(demo.model, demo.clip, lora) is lora
 

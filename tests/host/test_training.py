@@ -101,7 +101,7 @@ def test_the_adapter_is_float32_has_learnt_and_names_the_models_own_layers(demo,
     assert len(trained.held_out) == 2
 
 
-def test_the_card_says_what_was_trained_and_how(demo, demo_lora, trained):
+def test_the_card_says_what_was_trained_and_how(demo, trained):
     card = trained.adapter.card
     assert (card.concept, card.target, card.reference, card.neutral) == ("cat", TARGET, REFERENCE, EMPTY)
     assert (card.rank, card.alpha, card.base_model) == (8, 64.0, "SD15")
@@ -109,7 +109,6 @@ def test_the_card_says_what_was_trained_and_how(demo, demo_lora, trained):
     assert card.settings["loop"] == "selective"
     weights = [w for n, w in demo.model.model.state_dict().items() if n.startswith("diffusion_model.")]
     assert card.base_hash == pack_module("unguide_core.adapter.lowrank").weights_hash(weights)
-    assert card.base_hash == demo_lora.adapter.card.base_hash
 
 
 def test_the_same_seed_trains_the_same_adapter_and_another_seed_another(demo, job, trained, latent):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dev.host import Host
+from experiments.training import write_narrow_checkpoint
 from tests.conftest import pack_module
-from tests.host.conftest import CHECKPOINT, Demo, demo, inference_mode, text_lora, trained_adapter  # noqa: F401
+from tests.host.conftest import CHECKPOINT, Demo, demo, inference_mode, trained_adapter, wide  # noqa: F401
 from unguide_core.adapter import Adapter
 from unguide_core.adapter.names import UNET, renamed
 from unguide_train import calibration
@@ -68,8 +69,17 @@ def put_on(unet: Any, adapter: Adapter) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint() -> Path:
+def shipped() -> Path:
+    """The demo checkpoint."""
     return Host.from_environment().base_directory / "models" / "checkpoints" / CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its narrow twin, the same function at an eighth of the work."""
+    path = tmp_path_factory.mktemp("checkpoints") / CHECKPOINT
+    write_narrow_checkpoint(path)
+    return path
 
 
 @pytest.fixture(scope="session")

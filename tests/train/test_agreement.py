@@ -30,30 +30,30 @@ LIMITS = {
 
 
 @pytest.fixture(scope="module")
-def base(checkpoint, tokenizer):
-    return load_base(checkpoint, tokenizer)
+def base(shipped, tokenizer):
+    return load_base(shipped, tokenizer)
 
 
-def host_eps(demo: Any, z: torch.Tensor, times: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+def host_eps(wide: Any, z: torch.Tensor, times: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     """The host's prediction of the noise."""
-    model = demo.model.model
+    model = wide.model.model
     sigma = model.model_sampling.sigmas[times].float()
     x = z * (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()
-    context = torch.cat([demo.encode(prompt)[0][0] for prompt in prompts])
+    context = torch.cat([wide.encode(prompt)[0][0] for prompt in prompts])
     with torch.inference_mode():
         denoised = model.apply_model(x, sigma, c_crossattn=context)
     return (x - denoised.clone()) / sigma.view(-1, 1, 1, 1)
 
 
-def test_text_states_and_predictions_are_the_hosts(demo, base):
+def test_text_states_and_predictions_are_the_hosts(wide, base):
     z = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(0))
     times, prompts = torch.tensor([900, 300]), ["a photo of the cat", ""]
     encoded = base.encode(prompts)
     for prompt in prompts:
-        host = demo.encode(prompt)[0][0][0].float()
+        host = wide.encode(prompt)[0][0][0].float()
         assert float((encoded[prompt].states - host).abs().max()) < LIMITS["eps"]
     found = DiffusersPredictor(base.unet, encoded)(z, times, prompts).detach()
-    eps = host_eps(demo, z, times, prompts)
+    eps = host_eps(wide, z, times, prompts)
     assert float((found - eps).abs().max()) < LIMITS["eps"]
 
 
@@ -73,21 +73,21 @@ class Both:
 
 
 @pytest.fixture(scope="module", params=["selective", "paper"])
-def both(request, demo, checkpoint, tokenizer, tmp_path_factory) -> Both:
+def both(request, wide, shipped, tokenizer, tmp_path_factory) -> Both:
     recipe = QUICK if request.param == "selective" else {"schedule_steps": 10, "iterations": 3}
     folder = tmp_path_factory.mktemp(request.param)
-    values = quick_settings(checkpoint, tokenizer, folder)
+    values = quick_settings(shipped, tokenizer, folder)
     config = from_values({**values, "preset": request.param, "recipe": {**recipe, "seed": 7}})
     with torch.inference_mode(False), torch.enable_grad():
         summary = train_concept(config, config.concepts[0], quiet=True)
-        return Both(summary, load_adapter(summary.path), in_the_graph(demo.model, demo.encode, config))
+        return Both(summary, load_adapter(summary.path), in_the_graph(wide.model, wide.encode, config))
 
 
-def test_both_trainers_give_the_same_adapter_from_the_same_seed(demo, both):
+def test_both_trainers_give_the_same_adapter_from_the_same_seed(wide, both):
     here, there = both.here, both.there
     assert both.summary.evaluations == there.adapter.card.settings["evaluations"]
     assert both.summary.loss == pytest.approx(there.losses[-1], rel=LIMITS["loss, relative"])
-    names = kohya_names(demo.model.model)
+    names = kohya_names(wide.model.model)
     assert {names[path] for path in there.adapter.layers} == set(here.layers)
     largest = 0.0
     for path, layer in there.adapter.layers.items():
@@ -100,12 +100,12 @@ def test_both_trainers_give_the_same_adapter_from_the_same_seed(demo, both):
     assert (here.card.target, here.card.reference) == (there.adapter.card.target, there.adapter.card.reference)
 
 
-def test_each_trainers_file_does_the_same_in_the_other_program(demo, both, tmp_path, checkpoint, tokenizer):
+def test_each_trainers_file_does_the_same_in_the_other_program(wide, both, tmp_path, shipped, tokenizer):
     """What an adapter changes of one prediction: by diffusers and by the host, of each trainer's file."""
     save_adapter(load_and_reload(both.there.adapter, tmp_path / "graph.safetensors"), tmp_path / "again.safetensors")
     z = torch.randn((1, *SHAPE), generator=torch.Generator().manual_seed(0))
     for path in (tmp_path / "again.safetensors", Path(both.summary.path)):
-        one, other = moved_in_diffusers(path, z, checkpoint, tokenizer), moved_in_the_host(path, z, demo)
+        one, other = moved_in_diffusers(path, z, shipped, tokenizer), moved_in_the_host(path, z, wide)
         assert float(one.norm()) > 0
         assert float((one - other).norm()) < LIMITS["change of a prediction, relative"] * float(one.norm())
 
@@ -113,8 +113,8 @@ def test_each_trainers_file_does_the_same_in_the_other_program(demo, both, tmp_p
 TIMES, PROMPT = torch.tensor([700]), "a photo of the cat"
 
 
-def moved_in_diffusers(path: Path, z: torch.Tensor, checkpoint: Path, tokenizer: Path) -> torch.Tensor:
-    loaded = load_base(checkpoint, tokenizer)
+def moved_in_diffusers(path: Path, z: torch.Tensor, shipped: Path, tokenizer: Path) -> torch.Tensor:
+    loaded = load_base(shipped, tokenizer)
     put_on(loaded.unet, load_adapter(path))
     predict = DiffusersPredictor(loaded.unet, loaded.encode([PROMPT]))
     with torch.no_grad():
@@ -123,15 +123,15 @@ def moved_in_diffusers(path: Path, z: torch.Tensor, checkpoint: Path, tokenizer:
             return predict(z, TIMES, [PROMPT]) - before
 
 
-def moved_in_the_host(path: Path, z: torch.Tensor, demo: Any) -> torch.Tensor:
-    model = demo.model.model
+def moved_in_the_host(path: Path, z: torch.Tensor, wide: Any) -> torch.Tensor:
+    model = wide.model.model
     read = pack_module("unguide_core.formats").load_adapter(path)
     layers = pack_module("unguide_comfy.lora.match").match(read, model, path.name).layers
     assert len(layers) == len(read.layers)
     modules = {place: model.get_submodule(place) for place in layers}
-    before = host_eps(demo, z, TIMES, [PROMPT])
+    before = host_eps(wide, z, TIMES, [PROMPT])
     with pack_module("unguide_comfy.lora.inject").adapted_rows(modules, [(slice(None), layers)], len(z)):
-        return host_eps(demo, z, TIMES, [PROMPT]) - before
+        return host_eps(wide, z, TIMES, [PROMPT]) - before
 
 
 def load_and_reload(adapter, path: Path):

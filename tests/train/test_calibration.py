@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from demo.captions import words_for
-from demo.erasure import LORAS, path_of
+from demo.erasure import LORAS, narrowed, path_of
+from experiments.narrow import with_prefix
 from tests.conftest import pack_module
-from tests.host.conftest import Demo, Observer, guided, ksampler, without_text
+from tests.host.conftest import Demo, Observer, guided, ksampler, load, without_text
 from tests.train.conftest import put_on
+from unguide_core.adapter import Adapter
 from unguide_core.formats import load_adapter
 from unguide_core.probe.calibration import PROBED_STEPS, Calibration, CalibrationPrompts
 from unguide_core.training.rollout import Denoiser
@@ -37,9 +39,14 @@ def decided(demo: Demo, lora: Any, prompt: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def found(checkpoint, tokenizer) -> Calibration:
-    """Of the shipped cat."""
-    adapter = load_adapter(path_of(LORAS, "selective", "cat"))
+def adapter() -> Adapter:
+    """The shipped cat, for the narrow model."""
+    shipped = load_adapter(path_of(LORAS, "selective", "cat"))
+    return replace(shipped, layers=with_prefix(narrowed(shipped)))
+
+
+@pytest.fixture(scope="module")
+def found(adapter, checkpoint, tokenizer) -> Calibration:
     with torch.inference_mode(False):
         base = load_base(checkpoint, tokenizer)
         put_on(base.unet, adapter)
@@ -49,10 +56,11 @@ def found(checkpoint, tokenizer) -> Calibration:
         return calibrate(adapter, Denoiser(predict, "", 16), base.hash, prompts, prompts, SHAPE)
 
 
-def test_its_figures_are_those_that_the_host_measured(found: Calibration) -> None:
-    shipped = Calibration.from_card(load_adapter(path_of(LORAS, "selective", "cat")).card.calibration)
+def test_its_figures_are_those_that_the_host_measured(found: Calibration, adapter: Adapter) -> None:
+    """With the shipped model and adapter: the narrow ones do the same."""
+    shipped = Calibration.from_card(adapter.card.calibration)
     assert shipped is not None
-    assert (found.adapter, found.latent, found.cfg) == (shipped.adapter, shipped.latent, shipped.cfg)
+    assert (found.adapter, found.latent, found.cfg) == (adapter.signature, shipped.latent, shipped.cfg)
     assert len(found.levels["influence"]) == len(PROBED_STEPS)
     for sigma in (9.0, 7.0):
         here, there = found.at("influence", sigma), shipped.at("influence", sigma)
@@ -70,7 +78,8 @@ def test_its_figures_are_those_that_the_host_measured(found: Calibration) -> Non
     assert aligned.concept.mean > 2 * aligned.others.mean
 
 
-def test_the_hosts_gate_goes_by_it_where_nothing_patches_the_model(found: Calibration, demo, text_lora) -> None:
+def test_the_hosts_gate_goes_by_it_where_nothing_patches_the_model(found: Calibration, demo) -> None:
+    text_lora = load("selective", "cat", demo)
     card = replace(text_lora.adapter.card, calibration=found.to_card())
     whole = replace(text_lora, adapter=replace(text_lora.adapter, card=card), concept=None)
     assert decided(demo, whole, TARGET).statistic == "text"

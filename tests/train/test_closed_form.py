@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from experiments.narrow import load_narrow_model
-from experiments.training import write_narrow_checkpoint
 from tests.conftest import pack_module
 from tests.host.test_blending import relative
 from tests.host.test_erase import clip  # noqa: F401
@@ -20,17 +19,9 @@ from unguide_train.closed_form import read_list
 from unguide_train.config import ConfigError
 
 
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model at its narrow width, its text encoder without the layers that change nothing."""
-    path = tmp_path_factory.mktemp("base") / "narrow.safetensors"
-    write_narrow_checkpoint(path)
-    return path
-
-
 @pytest.fixture
-def arguments(narrow: Path, tokenizer: Path) -> list[str]:
-    return ["--closed-form", "--base", str(narrow), "--tokenizer", str(tokenizer), "--shipped", "30"]
+def arguments(checkpoint: Path, tokenizer: Path) -> list[str]:
+    return ["--closed-form", "--base", str(checkpoint), "--tokenizer", str(tokenizer), "--shipped", "30"]
 
 
 def test_a_concept_is_written_as_the_node_makes_it(arguments, tmp_path, clip, capsys) -> None:  # noqa: F811

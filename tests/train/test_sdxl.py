@@ -198,7 +198,7 @@ def config(tiny: Tiny, tmp_path: Path) -> Config:
     concept = {"concept": "cat", "reference": "forest", "synonyms": ["kitty"]}
     kept = ["", "a photo of the dog"]
     values = {"base": tiny.folder, "out": tmp_path, "size": 64, "recipe": QUICK, "kept": kept, "concepts": [concept]}
-    return from_values(values)
+    return from_values({**values, "calibrate": False})
 
 
 def test_text_and_pooled_states_are_the_hosts(tiny: Tiny, base: Base) -> None:
@@ -289,11 +289,14 @@ def test_the_command_line_trains_it_from_a_folder_and_from_a_file(tiny: Tiny, tm
     sources = {"folder": [str(tiny.folder)], "file": [str(tiny.file), "--tokenizer", str(tiny.tokenizer)]}
     for name, source in sources.items():
         out = str(tmp_path / f"{name}.safetensors")
-        assert main([*words, *quick, "--base", *source, "--out", out]) == 0, capsys.readouterr().err
+        alone = ["--no-calibration"] if name == "folder" else []
+        assert main([*words, *quick, *alone, "--base", *source, "--out", out]) == 0, capsys.readouterr().err
     folder, file = (load_adapter(tmp_path / f"{name}.safetensors") for name in sources)
     apart = distance(*([adapter.layers[name].weight_delta() for name in folder.layers] for adapter in (folder, file)))
     assert apart < LIMITS["change of weights, relative"]
     assert folder.card.base_model == file.card.base_model == "tiny-sdxl"
+    assert not folder.card.calibration
+    assert file.card.calibration["model"] == file.card.base_hash
 
 
 @pytest.mark.parametrize(
