@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from dev.host import Host
 from dev.pack import load_pack, pack_module, start_host
+from dev.server import Server, running_server
 from dev.workspace import PACK as ROOT
 
 __all__ = ["ROOT", "awaited", "load_pack", "pack_module", "start_host"]
 
 BROWSER = "tests/browser/"
+JUDGED = ("tests/host/test_benchmark.py", "tests/experiments/test_instant.py")
 SLOW = (
     "workflows/test_runs.py",
     "train/",
@@ -59,6 +62,16 @@ def _slowness(item: pytest.Item) -> int:
     return next((place for place, prefix in enumerate(SLOW) if _path(item).startswith(prefix)), len(SLOW))
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A ComfyUI that all tests of a worker share; its calibrations are quick ones."""
+    paths = tmp_path_factory.mktemp("paths") / "paths.yaml"
+    paths.write_text(f"tests:\n  custom_nodes: {ROOT / 'tests' / 'custom_nodes'}\n", encoding="utf-8")
+    arguments = ("--extra-model-paths-config", str(paths))
+    with running_server(Host.from_environment(), arguments=arguments) as running:
+        yield running
+
+
 def awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Return what a coroutine returns; in a thread of its own, for an open page keeps a loop running in this one."""
     with ThreadPoolExecutor(1) as apart:
@@ -67,11 +80,12 @@ def awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each file to one worker, and all files of tests/browser to the same, for they share a server and a page."""
+    """Give each file to one worker, and files that share something to the same: a server and a page, or a judge."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return BROWSER if nodeid.startswith(BROWSER) else str(super()._split_scope(nodeid))
+            shared = [group for group in ((BROWSER,), JUDGED) if nodeid.startswith(group)]
+            return shared[0][0] if shared else str(super()._split_scope(nodeid))
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None

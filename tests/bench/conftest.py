@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,11 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from dev.host import Host
 from dev.models import CHECKPOINT
-from dev.server import Server, running_server
 
 LORA = "unguide-demo/selective/cat.safetensors"
 CAT, KITTY, DOG = "a photo of the cat", "a photo of the kitty", "a photo of the dog"
 STEPS = 4
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    with running_server(Host.from_environment()) as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

@@ -200,7 +200,7 @@ def test_of_a_stack_that_cannot_be_saved_whole_nothing_is_saved(format, lora_fol
 
     save_file(pair(), lora_folder / "cat.safetensors")
     lora, _ = load("cat.safetensors")
-    strange = dataclasses.replace(lora.adapter, layers={"strange": layer for layer in lora.adapter.layers.values()})
+    strange = dataclasses.replace(lora.adapter, layers={"strange": next(iter(lora.adapter.layers.values()))})
     with pytest.raises(AdapterError, match="strange"):
         save((lora, dataclasses.replace(lora, adapter=strange)), format=format)
     assert [path for path in output_folder.rglob("*") if path.name.startswith("unguide_erasure")] == []
@@ -211,7 +211,8 @@ def test_strength_goes_into_the_scale_and_takes_the_calibration_with_it(lora_fol
 
     half = dataclasses.replace(demo_lora, strength=0.5)
     full, halved = (formats.load_adapter(output_folder / save((lora,))[0]) for lora in (demo_lora, half))
-    assert full.card == dataclasses.replace(demo_lora.adapter.card)
+    kept = demo_lora.adapter.card
+    assert full.card == dataclasses.replace(kept, calibration=json.loads(json.dumps(kept.calibration)))
     assert halved.card.calibration == {}
     assert full.card.calibration
     for one, other in zip(full.layers.values(), halved.layers.values(), strict=True):

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from dev.api import Graph
-from dev.host import Host
-from dev.server import Server, running_server
+from dev.server import Server
 from tests.conftest import ROOT
 
 WORKFLOWS = ROOT / "workflows"
@@ -23,12 +21,6 @@ GUIDED = ("UnGuideModel", "UnGuideSampler", "UnGuideProbe")
 REPORT_AS_JSON = {"UnGuideSampler": 3, "UnGuideProbe": 6}
 """The output that holds what the report says, for programs."""
 SETTINGS = "UnGuideSettings"
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    with running_server(Host.from_environment()) as running:
-        yield running
 
 
 @pytest.fixture(scope="session")
