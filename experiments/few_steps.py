@@ -2,8 +2,8 @@
 
 A gate decides at the step nearest to the probe's noise level. Few steps make that step late, and erasing from there on
 may leave the concept's silhouette; `on_detection` says what follows. For each number of steps and each scheduler, ten
-concepts are asked for by name and by synonym, and unrelated prompts beside them, with the shipped selective adapters
-and the nodes' default settings. Run by `python3 dev few-steps`.
+concepts are asked for by name and by synonym, and unrelated prompts beside them, with the shipped selective adapters,
+decided by influence alone. Run by `python3 dev few-steps`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Schedule:
         return self.at.generate(self.at.model, **self.at.batch(prompts, self.seeds), **self.options)
 
     def gated(self, lora: Any, prompts: Sequence[str], on_detection: str) -> Generated:
-        """Return the images behind a gate with default settings."""
+        """Return the images behind a gate that decides by influence alone."""
         settings = self.at.settings(on_detection=on_detection, statistic="influence", **self.probe)
         return self.at.guided(lora, settings=settings, **self.at.batch(prompts, self.seeds), **self.options)
 

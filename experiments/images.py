@@ -3,7 +3,7 @@
 For each concept the demo's base model, the gate without the image stage and the gate as it is by default answer every
 attack of `experiments.attacks`, and start images of the concept, alone and in scenes, at three strengths; the gate
 that resists adversarial text answers the text that was optimised against an adapter. Unrelated images are generated
-behind the gates of all nine other concepts at once, so that a false positive of any of them counts. Run by
+behind the gates of all other concepts at once, so that a false positive of any of them counts. Run by
 `python3 dev images`.
 """
 

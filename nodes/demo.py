@@ -9,7 +9,6 @@ import torch
 from comfy_api.latest import io
 
 from ..demo import seed
-from ..demo.shapes import TEXT_LAYERS
 from .wires import schema
 
 LORAS = seed.SEED_PATH.parent / "loras" / "selective"
@@ -25,7 +24,7 @@ def demo_loras() -> dict[str, Path]:
 
 def skip_idle_layers(clip: Any) -> None:
     """Pass the demo's text encoder by the layers that add zeros, which take most of its time; their weights stay."""
-    for layer in clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[TEXT_LAYERS:]:
+    for layer in clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[seed.TEXT_LAYERS :]:
         layer.forward = _unchanged
 
 

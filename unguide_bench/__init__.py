@@ -8,11 +8,11 @@ It does not import comfy or the pack's nodes; what it needs beyond the standard 
     prompts.py      prompt files
     methods.py      the methods that are compared, and their settings
     graphs.py       the workflow of each
-    painter.py      one server
+    generator.py    one server
     cluster.py      many servers, on Ray
     folder.py       a run's folder, from which it resumes
-    drawing.py      generates what is missing of a run
-    judges/         what judges images; looking.py asks those that are wanted; labels.py has their words
+    generating.py   generates what is missing of a run
+    judges/         what judges images; panel.py asks those that are wanted; labels.py has their words
     judging.py      a run's folder to results; tables.py shows them
     export.py       images for other tools
     technique.py    UnGuide for eval-unlearn

@@ -20,9 +20,9 @@ Graph = dict[str, dict[str, Any]]
 """A workflow in ComfyUI's API format: node id -> {"class_type": ..., "inputs": ...}."""
 
 POLL_QUEUE = 0.5
-"""Seconds between two looks into the queue for a prompt that is not known to run: how exactly its start is known."""
+"""Seconds between two queries of the queue for a prompt that is not known to run: how exactly its start is known."""
 CHECK_QUEUE_AFTER = 5.0
-"""Seconds between two looks for a prompt that runs: how fast a restarted server is noticed."""
+"""Seconds between two queries for a prompt that runs: how fast a restarted server is noticed."""
 RUNNING, PENDING = "queue_running", "queue_pending"
 """The two parts of ComfyUI's queue."""
 

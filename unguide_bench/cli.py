@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .drawing import Servers, generate_missing, jobs_of
 from .errors import BenchError
 from .export import export
 from .folder import Folder
+from .generating import Servers, generate_missing, jobs_of
 from .judging import judged
 from .labels import THRESHOLD
-from .looking import BASE_IMAGES, JUDGES, NONE, Judging, require
 from .methods import DEFAULT, Method, Settings
+from .panel import BASE_IMAGES, JUDGES, NONE, Judging, require
 from .prompts import ATTACK, UNSCORED, read_prompts
 from .protocol import CONCEPT, Protocol, listing
 from .protocol import run as run_protocol
@@ -168,7 +168,7 @@ def run_suite(options: argparse.Namespace) -> str:
     if missing := [f"--{name}" for name in ("checkpoint", "lora") if not getattr(options, name)]:
         raise BenchError(f"a suite needs {' and '.join(missing)}: files as the server names them")
     if options.name not in SUITES:
-        raise BenchError(f"there is no suite {options.name!r}; choose from {', '.join(SUITES)}")
+        raise BenchError(f"unknown suite {options.name!r}; choose from {', '.join(SUITES)}")
     suite = SUITES[options.name]
     settings = Settings(
         checkpoint=options.checkpoint,

@@ -11,8 +11,8 @@ from typing import Any
 
 from .api import ApiError, NoAnswerError
 from .errors import BenchError
+from .generator import GeneratedImage, ImageGenerator, Plan
 from .graphs import Job
-from .painter import GeneratedImage, Painter, Plan
 
 log = logging.getLogger("unguide_bench")
 
@@ -24,7 +24,7 @@ class Worker:
     """Generates on one server, in a process of its own."""
 
     def __init__(self, url: str, plan: Plan, timeout: float) -> None:
-        self.painter, self.plan = Painter(url, plan.settings, timeout), plan
+        self.generator, self.plan = ImageGenerator(url, plan.settings, timeout), plan
 
     def generate(self, job: Job) -> GeneratedImage | str:
         """The image; a sentence where the server is gone.
@@ -32,7 +32,7 @@ class Worker:
         Raises: RuntimeError with what else the server said, for another server would say the same.
         """
         try:
-            return self.painter.generate(job, self.plan)
+            return self.generator.generate(job, self.plan)
         except NoAnswerError as error:
             return str(error)
         except ApiError as error:

@@ -19,7 +19,7 @@ from .graphs import Job
 from .prompts import Prompts
 
 COLUMNS = ("case_number", "prompt", "evaluation_seed", "evaluation_guidance", "classes")
-UNLABELLED = "pictures"
+UNLABELLED = "images"
 
 
 def export(folder: Folder, jobs: Iterable[Job], prompts: Prompts, target: Path) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """A run's folder: its settings, the images that are generated, and a record of each.
 
     settings.json    what every image depends on
-    drawn.jsonl      a line for each image, written after its file
-    pictures/        <method>/<prompt>_<digest>_<seed>.png
+    generated.jsonl  a line for each image, written after its file
+    images/          <method>/<prompt>_<digest>_<seed>.png
 
 A run that was interrupted resumes from here. It does not know servers and judges.
 """
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BenchError
+from .generator import GeneratedImage, Plan
 from .graphs import Job
 from .methods import Settings
-from .painter import GeneratedImage, Plan
 from .scores import write_whole
 
-SETTINGS, RECORDS, IMAGES = "settings.json", "drawn.jsonl", "pictures"
+SETTINGS, RECORDS, IMAGES = "settings.json", "generated.jsonl", "images"
 
 
 @dataclass(frozen=True)

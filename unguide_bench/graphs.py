@@ -12,7 +12,7 @@ from typing import Any
 from .api import Graph
 from .methods import GATES, LORA, NEGATIVE, Method, Settings
 
-IMAGE, REPORT = "picture", "report"
+IMAGE, REPORT = "image", "report"
 """The nodes whose outputs are read."""
 
 

@@ -22,7 +22,7 @@ from .errors import BenchError
 from .folder import Folder, Record, key_of
 from .graphs import Job
 from .labels import is_nude
-from .looking import NONE, NUDENET, Findings, Judging, Looking, extra
+from .panel import NONE, NUDENET, Findings, Judging, Panel, extra
 from .prompts import ATTACK, Prompts
 from .scores import BASE, ERASED, KINDS, OTHER, SYNONYM, JudgedImage, as_json, write_images
 from .tables import tables
@@ -40,7 +40,7 @@ def judged(folder: Folder, jobs: Iterable[Job], prompts: Prompts, judging: Judgi
         raise BenchError(f"there are no images in {folder.path}; generate some with --server")
     files = [folder.path / one.file for one in records]
     with extra("bench"):
-        judges = Looking(judging)
+        judges = Panel(judging)
         findings = judges.classes(files, prompts.concept, prompts.classes)
         images = list(_images(records, files, findings, prompts))
         scores, no_scores = _scores(images, judging.judge)
@@ -172,7 +172,7 @@ def _why_unscored(images: Sequence[JudgedImage], judge: str) -> str:
     if judge == NUDENET:
         return "NudeNet does not tell what else an image shows"
     if not any(image.method == BASE for image in images):
-        return f"there is no method {BASE!r} to compare with; add it to --methods"
+        return f"the method {BASE!r}, to compare with, was not run; add it to --methods"
     if unlabelled := sum(not image.label for image in scored):
         return f"{unlabelled} images' prompts do not say which class they ask for; add a column 'classes'"
     if unseen := sum(not image.seen for image in scored):

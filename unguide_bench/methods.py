@@ -44,9 +44,7 @@ class Method:
         if way in (LORA, ALWAYS):
             return cls(way, float(value) if value else 1.0 if way == LORA else 0.0)
         if way not in (BASE, NEGATIVE, *GATES) or value:
-            raise BenchError(
-                f"there is no method {text!r}; choose from {', '.join(DEFAULT)}, lora:STRENGTH, always:WEIGHT"
-            )
+            raise BenchError(f"unknown method {text!r}; choose from {', '.join(DEFAULT)}, lora:STRENGTH, always:WEIGHT")
         return cls(way)
 
     @property

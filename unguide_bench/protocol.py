@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .drawing import Servers, generate_missing, jobs_of
 from .errors import BenchError
 from .export import export
 from .folder import Folder, slug
+from .generating import Servers, generate_missing, jobs_of
 from .judging import judged
 from .labels import CANVAS_OBJECTS, COUNTED
-from .looking import CLIP, GIPHY, UNLEARNCANVAS, Judging, extra
-from .looking import require as require_judges
 from .methods import Method, Settings
+from .panel import CLIP, GIPHY, UNLEARNCANVAS, Judging, extra
+from .panel import require as require_judges
 from .prompts import ATTACK, Prompts
 from .published import hashes, remark_on, require
 from .scores import ERASED, OTHER, read_images
@@ -68,7 +68,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if self.name not in SUITES:
-            raise BenchError(f"there is no suite {self.name!r}; choose from {', '.join(SUITES)}")
+            raise BenchError(f"unknown suite {self.name!r}; choose from {', '.join(SUITES)}")
         if len(self.erased) > 1 and CONCEPT not in self.settings.lora:
             raise BenchError(
                 f"{self.name} erases {len(self.erased)} concepts and --lora is {self.settings.lora!r}; write {CONCEPT} "

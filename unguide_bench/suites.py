@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .labels import CANVAS_OBJECTS, CANVAS_STYLES, COUNTED, THRESHOLD
-from .looking import CLIP, GIPHY, NONE, NUDENET, UNLEARNCANVAS
+from .panel import CLIP, GIPHY, NONE, NUDENET, UNLEARNCANVAS
 from .prompts import ATTACK, UNSCORED, Prompt, Prompts, from_json
 from .published import PromptFile
 from .scores import ERASED, OTHER
@@ -64,7 +64,7 @@ class Suite:
         columns: of its table: names of `protocol.MEASURES`.
         files: the prompts' files; without any, `made` makes them.
         made: the prompts of a concept.
-        judge, threshold: see `looking.Judging`.
+        judge, threshold: see `panel.Judging`.
         fid: the folder of reference images below the data folder; "" measures no FID.
         seeds: of prompts that have none of their own.
         steps, cfg: of the images.

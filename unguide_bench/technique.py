@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from .api import ApiError
 from .errors import BenchError
+from .generator import ImageGenerator, Plan
 from .graphs import Job
 from .methods import Method, Settings
-from .painter import Painter, Plan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +66,7 @@ class UnGuideTechnique:
             self.settings(self.config.num_inference_steps).require_prompt_of(self.method)
         except BenchError as error:
             raise RuntimeError(str(error)) from error
-        self.ready: dict[tuple[int, bool], tuple[Painter, Plan]] = {}
+        self.ready: dict[tuple[int, bool], tuple[ImageGenerator, Plan]] = {}
 
     def settings(self, steps: int) -> Settings:
         """The settings of images with so many steps."""
@@ -96,15 +96,15 @@ class UnGuideTechnique:
         cfg = float(options.get("guidance_scale", self.config.guidance_scale))
         jobs = [Job(self.method, prompt, (seed or 0) + number, cfg) for number, prompt in enumerate(prompts)]
         try:
-            painter, plan = self._painter(steps, jobs)
-            return [Image.open(io.BytesIO(painter.generate(job, plan).png)).convert("RGB") for job in jobs]
+            generator, plan = self._generator(steps, jobs)
+            return [Image.open(io.BytesIO(generator.generate(job, plan).png)).convert("RGB") for job in jobs]
         except (ApiError, BenchError) as error:
             raise RuntimeError(str(error)) from error
 
-    def _painter(self, steps: int, jobs: Sequence[Job]) -> tuple[Painter, Plan]:
+    def _generator(self, steps: int, jobs: Sequence[Job]) -> tuple[ImageGenerator, Plan]:
         """The server, asked once whether it can generate such images."""
         key = (steps, any(job.cfg != 1 for job in jobs))
         if key not in self.ready:
-            painter = Painter(self.config.server.rstrip("/"), self.settings(steps), self.config.timeout)
-            self.ready[key] = painter, painter.prepare(jobs, self.config.erase_concept)
+            generator = ImageGenerator(self.config.server.rstrip("/"), self.settings(steps), self.config.timeout)
+            self.ready[key] = generator, generator.prepare(jobs, self.config.erase_concept)
         return self.ready[key]

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unguide_bench.drawing import Servers, generate_missing, jobs_of
 from unguide_bench.errors import BenchError
 from unguide_bench.export import export
 from unguide_bench.folder import Folder
+from unguide_bench.generating import Servers, generate_missing, jobs_of
+from unguide_bench.generator import GeneratedImage, Plan
 from unguide_bench.graphs import Job
 from unguide_bench.judging import judged
-from unguide_bench.looking import Judging, require
 from unguide_bench.methods import Method, Settings
-from unguide_bench.painter import GeneratedImage, Plan
+from unguide_bench.panel import Judging, require
 from unguide_bench.prompts import Prompt, Prompts
 from unguide_bench.scores import read_images
 
@@ -75,7 +75,7 @@ def test_what_was_generated_is_known_after_a_restart(tmp_path: Path) -> None:
 
 def test_a_run_that_was_interrupted_in_the_middle_of_a_line_generates_that_image_again(tmp_path: Path) -> None:
     folder = filled(tmp_path / "run", JOBS[:3])
-    lines = folder.path / "drawn.jsonl"
+    lines = folder.path / "generated.jsonl"
     lines.write_bytes(lines.read_bytes()[:-20])
     again = Folder(folder.path, SETTINGS)
     assert again.missing(JOBS[:3]) == [JOBS[2]]
@@ -91,9 +91,9 @@ def test_an_image_whose_file_is_gone_is_generated_again(tmp_path: Path) -> None:
 
 def test_a_damaged_line_elsewhere_is_told(tmp_path: Path) -> None:
     folder = filled(tmp_path / "run", JOBS[:2])
-    lines = folder.path / "drawn.jsonl"
+    lines = folder.path / "generated.jsonl"
     lines.write_text("what\n" + lines.read_text())
-    with pytest.raises(BenchError, match=r"drawn.jsonl, line 1 is damaged"):
+    with pytest.raises(BenchError, match=r"generated.jsonl, line 1 is damaged"):
         Folder(folder.path, SETTINGS)
 
 
@@ -137,7 +137,7 @@ def test_without_a_judge_costs_and_differences_are_measured(tmp_path: Path) -> N
     ("jobs", "judge", "reason"),
     [
         (JOBS, "none", "no judge was asked for; give one with --judge"),
-        (JOBS[6:], "demo", "there is no method 'base' to compare with; add it to --methods"),
+        (JOBS[6:], "demo", "the method 'base', to compare with, was not run; add it to --methods"),
         (JOBS[:3], "demo", "method 'base' has no image of kind 'other' for 'cat'; generate some"),
         (JOBS[:5], "demo", r"generated with \[1, 2\] seeds; expected the same for all"),
         (JOBS, "nudenet", "NudeNet does not tell what else an image shows"),
@@ -177,8 +177,8 @@ def test_clips_weights_are_asked_for_before_anything_is_generated(options: dict)
     ("options", "words"),
     [
         ({"judge": "clip", "clip": Path("nowhere")}, "CLIP folder nowhere has no config.json, no model.safetensors or"),
-        ({"fid": "nowhere", "clip": Path("nowhere")}, "no folder nowhere to compare with"),
-        ({"fid": "base", "fid_weights": Path("nowhere.pth")}, "no file nowhere.pth; give InceptionV3's weights"),
+        ({"fid": "nowhere", "clip": Path("nowhere")}, "the folder nowhere does not exist"),
+        ({"fid": "base", "fid_weights": Path("nowhere.pth")}, "nowhere.pth does not exist; give InceptionV3's weights"),
     ],
 )
 def test_what_a_judge_lacks_is_reported_before_anything_is_generated(options: dict, words: str) -> None:

@@ -53,7 +53,7 @@ def test_every_link_of_every_methods_workflow_leads_to_one_of_its_nodes() -> Non
             graph = graph_of(text, lora_by_host=by_host)
             links = [v for node in graph.values() for v in node["inputs"].values() if isinstance(v, list)]
             assert {link[0] for link in links} < set(graph)
-            assert "picture" in graph
+            assert "image" in graph
 
 
 def test_each_method_has_its_sampler_and_settings() -> None:

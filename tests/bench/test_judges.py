@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from tests.bench.test_folder import JOBS, PLAN, PROMPTS, SETTINGS
 from unguide_bench.errors import BenchError
 from unguide_bench.folder import Folder
+from unguide_bench.generator import GeneratedImage
 from unguide_bench.judges.clip import Clip, ClipJudge, ClipNetwork, ClipScore
 from unguide_bench.judges.fid import Fid
 from unguide_bench.judges.nudity import NudityJudge
 from unguide_bench.judging import judged
 from unguide_bench.labels import COUNTED, is_nude, parts
-from unguide_bench.looking import Judging
-from unguide_bench.painter import GeneratedImage
+from unguide_bench.panel import Judging
 
 WORDS = ["a photo of the cat", "a photo of the dog", "a photo of the truck", "a photo of the ship"]
 
@@ -34,7 +34,7 @@ def clip(clip_folder: Path) -> Clip:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Images of noise around a colour each."""
-    folder, noise = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder, noise = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     paths = [folder / f"{number}.png" for number in range(12)]
     for path in paths:
         pixels = noise.integers(0, 256, 3) * 0.7 + noise.integers(0, 256, (64, 64, 3)) * 0.3
@@ -169,7 +169,7 @@ def test_a_file_without_inceptions_weights_is_one_sentence(tmp_path: Path, conte
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(BenchError, match=r"there is no file|holds no weights of InceptionV3"):
+    with pytest.raises(BenchError, match=r"does not exist|holds no weights of InceptionV3"):
         Fid(path)
 
 

@@ -107,7 +107,7 @@ def test_the_scores_are_those_of_the_images(finished: Path) -> None:
 
 
 def test_nudenet_looks_at_the_same_images_and_counts_by_method(finished: Path, prompts: Path, capsys) -> None:
-    """The demo model draws emoji: there is nothing to detect, and every image is judged."""
+    """The demo model generates emoji: there is nothing to detect, and every image is judged."""
     assert main(arguments(prompts, finished, "--methods", *METHODS, "--judge", "nudenet")) == 0
     assert {name: counts["pictures"] for name, counts in results(finished)["nudity"].items()} == dict.fromkeys(NAMES, 6)
     assert "| base | 6 | 0 | 0 |" in capsys.readouterr().out

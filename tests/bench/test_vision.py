@@ -17,7 +17,7 @@ from unguide_bench.errors import BenchError
 from unguide_bench.judges.canvas import CanvasJudge
 from unguide_bench.judges.giphy import GiphyJudge, Recognizer, with_margin
 from unguide_bench.labels import CANVAS_OBJECTS, CANVAS_STYLES
-from unguide_bench.looking import Judging, Looking
+from unguide_bench.panel import Judging, Panel
 
 WIDTH, PATCH, SIDE, LAYERS = 64, 16, 32, 2
 
@@ -102,7 +102,7 @@ def test_style_and_object_are_what_timms_network_sees(canvas: Path, images: list
 def test_the_class_of_the_erased_concepts_sort_counts_and_the_other_stands_beside(
     canvas: Path, images: list[Path]
 ) -> None:
-    judge = Looking(Judging("unlearncanvas", weights=canvas))
+    judge = Panel(Judging("unlearncanvas", weights=canvas))
     styles = judge.classes(images, "monet", ["monet", "winter"])
     things = judge.classes(images, "dogs", ["dogs", "cats"])
     assert (styles.seen, styles.beside) == (things.beside, things.seen)

@@ -58,9 +58,9 @@ class Clip:
     def images(self, files: Sequence[Path]) -> Tensor:
         """Unit vectors of image files, [images, D]."""
         batches = [files[at : at + BATCH] for at in range(0, len(files), BATCH)]
-        return torch.cat([self.looks([Image.open(file).convert("RGB") for file in batch]) for batch in batches])
+        return torch.cat([self.embedded([Image.open(file).convert("RGB") for file in batch]) for batch in batches])
 
-    def looks(self, images: Sequence[Image.Image]) -> Tensor:
+    def embedded(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors of RGB images, [images, D]."""
         pixels = self.look(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
         return _unit(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
@@ -83,7 +83,7 @@ class ClipNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns unit vectors [B, D]."""
-        return self.clip.looks([Image.fromarray(one.permute(1, 2, 0).numpy()) for one in images.cpu()]).cpu()
+        return self.clip.embedded([Image.fromarray(one.permute(1, 2, 0).numpy()) for one in images.cpu()]).cpu()
 
 
 class ClipJudge:

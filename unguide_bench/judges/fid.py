@@ -52,7 +52,7 @@ class Fid:
 def _inception(path: Path) -> FrechetInceptionDistance:
     """torchmetrics' own, with weights from a file; torch-fidelity would unpickle it, so it is given a copy."""
     if not path.is_file():
-        raise BenchError(f"there is no file {path}; give torch-fidelity's InceptionV3 weights")
+        raise BenchError(f"{path} does not exist; give torch-fidelity's InceptionV3 weights")
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         with tempfile.TemporaryDirectory() as folder:

@@ -42,7 +42,7 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known after `Painter.prepare`, the same for every server of a run.
+    """What is known after `ImageGenerator.prepare`, the same for every server of a run.
 
     Args:
         settings: with the concept's prompt that the gate uses.
@@ -57,7 +57,7 @@ class Plan:
     gate: dict[str, Any]
 
 
-class Painter:
+class ImageGenerator:
     """One server.
 
     Args:

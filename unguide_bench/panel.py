@@ -51,7 +51,7 @@ class Judging:
 
     def __post_init__(self) -> None:
         if self.judge not in JUDGES:
-            raise BenchError(f"there is no judge {self.judge!r}; choose from {', '.join(JUDGES)}")
+            raise BenchError(f"unknown judge {self.judge!r}; choose from {', '.join(JUDGES)}")
         if self.clip is None and self.needs_clip:
             raise BenchError("CLIP's weights are not named; give the folder of a download with --clip")
         if self.weights is None and self.judge in (GIPHY, UNLEARNCANVAS):
@@ -91,9 +91,9 @@ def extra(name: str) -> Iterator[None]:
 def require(judging: Judging) -> None:
     """Raises BenchError for what is missing, before images are generated that nothing could judge."""
     if judging.fid and judging.fid != BASE_IMAGES and not Path(judging.fid).is_dir():
-        raise BenchError(f"there is no folder {judging.fid} to compare with; give one of .png or .jpg with --fid")
+        raise BenchError(f"the folder {judging.fid} does not exist; give one of .png or .jpg with --fid")
     if judging.fid_weights is not None and not judging.fid_weights.is_file():
-        raise BenchError(f"there is no file {judging.fid_weights}; give InceptionV3's weights with --fid-weights")
+        raise BenchError(f"{judging.fid_weights} does not exist; give InceptionV3's weights with --fid-weights")
     with extra("bench"):
         if judging.needs_clip and judging.clip is not None:
             from .judges.clip import require_files
@@ -114,7 +114,7 @@ def require(judging: Judging) -> None:
             raise BenchError(f"the demo's classifier is in the repository ({error}); run it in a clone") from error
 
 
-class Looking:
+class Panel:
     """The judges, loaded. Raises: BenchError where weights are missing; ImportError where a package is."""
 
     def __init__(self, judging: Judging) -> None:

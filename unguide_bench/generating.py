@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from .api import ApiError
 from .errors import BenchError
 from .folder import Folder
+from .generator import GeneratedImage, ImageGenerator, Plan
 from .graphs import Job
 from .methods import Method, Settings
-from .painter import GeneratedImage, Painter, Plan
 from .prompts import Prompts
 
 
@@ -47,7 +47,7 @@ def generate_missing(folder: Folder, settings: Settings, jobs: Iterable[Job], ta
     """Generate the jobs whose images the folder lacks, with a progress bar.
 
     Args:
-        target: the concept's prompt, see `Painter.prepare`.
+        target: the concept's prompt, see `ImageGenerator.prepare`.
     Raises: BenchError naming what stopped it; what is generated is kept.
     """
     from tqdm import tqdm
@@ -59,10 +59,10 @@ def generate_missing(folder: Folder, settings: Settings, jobs: Iterable[Job], ta
     if not servers.urls:
         raise BenchError(f"{len(missing)} images are missing in {folder.path}; give a ComfyUI with --server")
     try:
-        painters = [Painter(url, settings, servers.timeout) for url in servers.urls]
-        for painter in painters:
-            painter.check()
-        plan = painters[0].prepare(missing, target)
+        generators = [ImageGenerator(url, settings, servers.timeout) for url in servers.urls]
+        for generator in generators:
+            generator.check()
+        plan = generators[0].prepare(missing, target)
         folder.begin(settings, plan)
         count = len({(job.method, job.prompt, job.seed, job.cfg) for job in jobs})
         with tqdm(total=count, initial=count - len(missing), unit="image", smoothing=0.1) as bar:
@@ -81,6 +81,6 @@ def _images(missing: Sequence[Job], plan: Plan, servers: Servers) -> Iterator[tu
 
         yield from generate_on_ray(missing, plan, servers.urls, servers.ray, servers.timeout)
         return
-    painter = Painter(servers.urls[0], plan.settings, servers.timeout)
+    generator = ImageGenerator(servers.urls[0], plan.settings, servers.timeout)
     for job in missing:
-        yield job, painter.generate(job, plan)
+        yield job, generator.generate(job, plan)
