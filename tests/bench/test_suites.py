@@ -179,7 +179,7 @@ def test_the_list_names_every_suite_and_which_files_are_verified(capsys) -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nothing", "--checkpoint", "a", "--lora", "b"], "no suite 'nothing'; choose from cifar10, i2p"),
+        (["nothing", "--checkpoint", "a", "--lora", "b"], "unknown suite 'nothing'; choose from cifar10, i2p"),
         (["i2p"], "needs --checkpoint and --lora"),
         (["cifar10", "--checkpoint", "a", "--lora", "b"], "erases 10 concepts and --lora is 'b'; write {concept}"),
         (

@@ -97,7 +97,7 @@ def test_a_technique_without_files_says_which() -> None:
 
 
 def test_a_wrong_method_is_refused_when_the_technique_is_made() -> None:
-    with pytest.raises(RuntimeError, match="no method 'magic'"):
+    with pytest.raises(RuntimeError, match="unknown method 'magic'"):
         UnGuideTechnique(**MODELS, method="magic")
 
 
