@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ WIDTHS = 64, 128
 LAYERS = 3
 TABLE = "{}embeddings.token_embedding.weight"
 PROMPTS = ("a photo of the cat", "")
-# Adam amplifies rounding where a gradient is near 0: the change of weights differs by 0.01 to 0.03, by processor and
-# number of threads; a pooled state or a size that the model does not get makes it differ by 0.3
-LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "change of weights, relative": 0.1}
+# Adam turns rounding into another sign where a gradient is near 0, so the change of weights is compared entry by entry:
+# those of the two programs differ by 3e-5 at the median; where the model does not get its pooled states, by 2e-3
+LIMITS = {"text": 1e-5, "eps": 1e-4, "loss, relative": 1e-3, "half of the entries": 3e-4, "nine of ten entries": 3e-3}
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,13 @@ def test_a_checkpoint_file_of_the_hosts_making_is_the_same_base_as_the_folder(ti
     torch.testing.assert_close(*same)
 
 
-def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """The norm of the difference of two adapters' changes, all layers together, relative to that of the first."""
-    first, second = (torch.cat([delta.flatten() for delta in deltas]) for deltas in (one, other))
-    return float((first - second).norm() / first.norm())
+def assert_alike(pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Compare pairs of layers: the differences of the entries of `up`, relative to the layer's root mean square."""
+    apart = torch.cat([((one.up - other.up).abs() / one.up.square().mean().sqrt()).flatten() for one, other in pairs])
+    half, most = (float(apart.quantile(share)) for share in (0.5, 0.9))
+    print(f"SDXL: relative difference of the entries: half below {half:.1e}, nine of ten below {most:.1e}")
+    assert half < LIMITS["half of the entries"]
+    assert most < LIMITS["nine of ten entries"]
 
 
 def test_both_trainers_give_the_same_adapter_and_its_file_fits_the_hosts_model(tiny: Tiny, config: Config) -> None:
@@ -257,12 +260,7 @@ def test_both_trainers_give_the_same_adapter_and_its_file_fits_the_hosts_model(t
     assert summary.loss == pytest.approx(there.losses[-1], rel=LIMITS["loss, relative"])
     names = pack_module("unguide_comfy.train.predictor")._kohya_names(tiny.model.model)
     assert {names[path] for path in there.adapter.layers} == set(here.layers)
-    apart = distance(
-        [layer.weight_delta() for layer in there.adapter.layers.values()],
-        [here.layers[names[path]].weight_delta() for path in there.adapter.layers],
-    )
-    print(f"SDXL: relative difference of the weights' change: {apart:.2e}")
-    assert apart < LIMITS["change of weights, relative"]
+    assert_alike((layer, here.layers[names[path]]) for path, layer in there.adapter.layers.items())
     assert here.card.base_hash == there.adapter.card.base_hash
     read = pack_module("unguide_core.formats").load_adapter(Path(summary.path))
     matched = pack_module("unguide_comfy.lora.match").match(read, tiny.model.model, "cat").layers
@@ -292,8 +290,7 @@ def test_the_command_line_trains_it_from_a_folder_and_from_a_file(tiny: Tiny, tm
         alone = ["--no-calibration"] if name == "folder" else []
         assert main([*words, *quick, *alone, "--base", *source, "--out", out]) == 0, capsys.readouterr().err
     folder, file = (load_adapter(tmp_path / f"{name}.safetensors") for name in sources)
-    apart = distance(*([adapter.layers[name].weight_delta() for name in folder.layers] for adapter in (folder, file)))
-    assert apart < LIMITS["change of weights, relative"]
+    assert_alike((layer, file.layers[name]) for name, layer in folder.layers.items())
     assert folder.card.base_model == file.card.base_model == "tiny-sdxl"
     assert not folder.card.calibration
     assert file.card.calibration["model"] == file.card.base_hash
