@@ -8,11 +8,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from unguide_core.training.prompts import subject_of
 
 from .errors import BenchError
 from .scores import ERASED, KINDS, OTHER, SYNONYM
@@ -22,9 +23,6 @@ UNSCORED = "unscored"
 ATTACK = "attack"
 """Of prompts that were optimised to show the concept although it is erased."""
 
-_SUBJECT = re.compile(
-    r"^(?:(?:an?|the) )?(?:photo|picture|image|painting) of (?:(?:an?|the) )?(.+?)\.?$", re.IGNORECASE
-)
 # columns by what they mean: the usual name, and the one of the I2P data set as it is published
 _SEED = ("evaluation_seed", "sd_seed")
 _CFG = ("evaluation_guidance", "sd_guidance_scale")
@@ -102,8 +100,7 @@ def read_prompts(path: Path, concept: str = "", kind: str = ERASED) -> Prompts:
 
 def subject(prompt: str) -> str:
     """What a prompt asks for: "cat" of "a photo of the cat"; a prompt of another form is its own subject."""
-    found = _SUBJECT.match(prompt.strip())
-    return (found.group(1) if found else prompt).strip().lower()
+    return subject_of(prompt).lower()
 
 
 # ---------------------------------------------------------------- the official JSON

@@ -25,7 +25,8 @@ def lines(text: str) -> tuple[str, ...]:
 
 PREFIX = "a photo of the"
 
-_LEAD = re.compile(r"((an? |the )?(photo|picture|image) of )?((an?|the) )?", re.IGNORECASE)
+_SUBJECT = re.compile(r"(?:(?:an?|the) )?(?:photo|picture|image|painting) of (.+?)\.?", re.IGNORECASE)
+_ARTICLE = re.compile(r"(?:an?|the) ", re.IGNORECASE)
 
 SCENES = listed("forest, street, sea, beach, desert, snow, field, sky")
 """Scenes in which a concept is erased too, with the scene itself in its place."""
@@ -104,9 +105,20 @@ def names_a_word(prompt: str, words: Sequence[str]) -> bool:
     return any(re.search(rf"\b{re.escape(word)}s?\b", prompt, re.IGNORECASE) for word in words)
 
 
+def subject_of(prompt: str) -> str:
+    """Return what a prompt is a photo of, such as "cat"; a prompt of another form is its own subject."""
+    found = _SUBJECT.fullmatch(prompt.strip())
+    return _without_article(found.group(1)) if found else prompt.strip()
+
+
 def word_of(prompt: str) -> str:
-    """Return what a concept's own prompt is of, such as "cat" for "a photo of the cat" and "a cat"."""
-    return prompt.strip()[_LEAD.match(prompt.strip()).end() :]  # type: ignore[union-attr]  # it matches every text
+    """Return the word of a concept's own prompt: "cat" for "a photo of the cat" and for "a cat"."""
+    return _without_article(subject_of(prompt))
+
+
+def _without_article(text: str) -> str:
+    found = _ARTICLE.match(text)
+    return text[found.end() :] if found else text
 
 
 def prompts_for(
