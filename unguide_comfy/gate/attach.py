@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -202,26 +203,17 @@ def _attempt(
     Each time more is detected, so it ends.
     """
     try:
-        latent = _undisturbed(gate, sample, sigmas, shape)
-        while latent is None:
+        while True:
+            with suppress(Restart):
+                latent = sample(sigmas)
+                if not gate.decide_rest(shape):
+                    break
             rewind()
             gate.run.evaluations.discard()
-            latent = _undisturbed(gate, sample, sigmas, shape)
         gate.images.read_finished(latent)
     except Shown:
         return None
     return latent
-
-
-def _undisturbed(
-    gate: Gate, sample: Callable[[torch.Tensor], torch.Tensor], sigmas: torch.Tensor, shape: torch.Size
-) -> torch.Tensor | None:
-    """One run; None where it has to start again, now that its weights are known."""
-    try:
-        latent = sample(sigmas)
-    except Restart:
-        return None
-    return None if gate.decide_rest(shape) else latent
 
 
 def _random_state() -> Callable[[], None]:

@@ -160,7 +160,8 @@ class ImageStage:
         erased = self.erased.get(index, torch.zeros(len(read), dtype=torch.bool))
         again = tuple((erased & torch.tensor(kept)).tolist())
         self.checks[index].append(replace(check, scores=scores, shown=shown, again=again))
-        self.shown[index] = self.shown.get(index, torch.zeros_like(erased)) | torch.tensor(shown)
+        if any(shown):
+            self.shown[index] = self.shown.get(index, torch.zeros_like(erased)) | torch.tensor(shown)
         if not check.start:
             self.notes[index] = ""
             self._read.add(index)
@@ -181,7 +182,7 @@ class ImageStage:
     def erase(self) -> None:
         """Generate every sample again that shows a concept; of the run that follows only these are kept."""
         self.kept = self.left(1)
-        self.erased = {index: shown.clone() for index, shown in self.shown.items() if bool(shown.any())}
+        self.erased = {index: shown.clone() for index, shown in self.shown.items()}
 
     def weights(self, index: int, weights: Sequence[float]) -> list[float]:
         """Return the weights of an erasure LoRA, one per sample, with those of the images that are generated again."""
@@ -197,7 +198,7 @@ class ImageStage:
 
     def decisions(self, index: int, others: Sequence[Decision | None]) -> tuple[Decision | None, ...]:
         """Return an erasure LoRA's decisions, one per sample, with those of this stage in place of `others`."""
-        if index not in self.shown or not bool(self.shown[index].any()):
+        if index not in self.shown:
             return tuple(others)
         samples = self.shown[index].tolist()
         spread = tuple(others or (None,)) * (1 if len(others) == len(samples) else len(samples))
