@@ -100,7 +100,7 @@ def models_digest() -> str:
 def code_digest() -> str:
     """Return the SHA-256 over the code that an image follows from, so that a table is of one state of it."""
     root = SEED_PATH.parents[1]
-    folders = ("unguide_core", "unguide_comfy", "experiments", "demo")
+    folders = ("unguide_core", "unguide_comfy", "nodes", "experiments", "demo")
     files = sorted(path for folder in folders for path in (root / folder).rglob("*.py"))
     return digest([[str(path.relative_to(root)), file_digest(path)] for path in files])
 

@@ -23,7 +23,7 @@ def demo_loras() -> dict[str, Path]:
 
 
 def skip_idle_layers(clip: Any) -> None:
-    """Pass the demo's text encoder by the layers that add zeros, which take most of its time; their weights stay."""
+    """Skip the layers of the demo's text encoder that add zeros and take most of its time; their weights stay."""
     for layer in clip.cond_stage_model.clip_l.transformer.text_model.encoder.layers[seed.TEXT_LAYERS :]:
         layer.forward = _unchanged
 

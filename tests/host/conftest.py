@@ -183,7 +183,7 @@ UNRELATED = ("a photo of the dog", "a photo of the ship", "a photo of the forest
 
 @pytest.fixture(scope="session")
 def wide() -> Demo:
-    """The embedded demo model, loaded by the host's own node; its text encoder passes by the layers that add zeros."""
+    """The embedded demo model, loaded by the host's own node; without the idle layers of its text encoder."""
     import nodes
 
     loaded = Demo(*nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT))

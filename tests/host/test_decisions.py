@@ -325,7 +325,7 @@ def test_prompts_that_name_the_concept_of_a_file_without_metadata_do_not_count_a
     others = ("a cat on a sofa", "two cats", "a photo of the dog", "a photo of the sea")
     found = calibrate._encoded_prompts(list, lora, (), others)
     assert ["".join(prompt) for prompt in found.others] == ["", *others[2:]]
-    with pytest.raises(ValueError, match="no prompt in other_prompts is without 'cat'; add some"):
+    with pytest.raises(ValueError, match="no prompt without the concept 'a photo of the cat'; add some"):
         calibrate._encoded_prompts(list, lora, (), others[:2])
 
 

@@ -20,7 +20,7 @@ def built() -> Demo:
 
 
 def test_the_node_builds_the_checkpoints_model(built: Demo) -> None:
-    """The layers of the text encoder that the node passes by change nothing."""
+    """The layers of the text encoder that the node skips change nothing."""
     key = pack_module("unguide_comfy.model.key")
     loaded = Demo(*nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT))
     assert key.model_key(built.model) == key.model_key(loaded.model)

@@ -10,7 +10,7 @@ from pathlib import Path
 import folder_paths
 
 from ...unguide_core.adapter import Adapter
-from ...unguide_core.formats import FORMATS, AdapterError, NameTakenError, save_adapter
+from ...unguide_core.formats import FORMATS, NameTakenError, save_adapter
 from .load import ErasureLora
 
 
@@ -30,7 +30,7 @@ def save_erasure_loras(loras: Sequence[ErasureLora], filename_prefix: str, forma
             )
             name = _saved(as_used(lora), Path(folder), filename, counter, format)
             written[str(Path(subfolder, name))] = Path(folder, name)
-    except AdapterError:
+    except Exception:
         for path in written.values():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise

@@ -262,8 +262,8 @@ def _encoded_prompts(
     unrelated = [text for text in dict.fromkeys(("", *other_texts)) if not names_a_word(text, words)]
     if len(unrelated) < 2:
         raise ValueError(
-            f"erasure LoRA {lora.name!r}: no prompt in other_prompts is without {' or '.join(map(repr, words))}; add "
-            "some, such as 'a photo of a house'"
+            f"erasure LoRA {lora.name!r}: other_prompts has no prompt without the concept "
+            f"{lora.concept_prompt or lora.name!r}; add some, such as 'a photo of a house'"
         )
     concept = encode(lora.concept_prompt) if lora.concept is None else lora.concept
     return CalibrationPrompts(concept, list(map(encode, own)), list(map(encode, unrelated)), lora.name)
