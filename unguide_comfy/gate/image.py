@@ -27,7 +27,7 @@ from ..report.records import ImageCheck
 from .steps import IMAGE_SIGMAS, reading_step, starts_from_image, step_of
 
 UNREAD = "no prediction that passed the gate was at a noise level at which images can be read"
-UNFINISHED = "the run leaves noise for another one, so there were no images to read yet"
+UNFINISHED = "the run leaves noise for another run, so its latents are not images yet"
 
 
 class Shown(Exception):

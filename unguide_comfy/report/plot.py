@@ -1,7 +1,7 @@
 """A plot of what a run's gates measured: every statistic against its threshold, and where the adapter acts.
 
 It is read on a node, so it is narrow and its letters are large. Dark ink on a light card reads on light and dark
-canvases; every mark is named in words, and nothing is told by its colour alone.
+canvases; every mark is named in words, and colour alone never tells marks apart.
 """
 
 from __future__ import annotations
